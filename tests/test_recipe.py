@@ -1,0 +1,143 @@
+"""Recipes: every shipped file loads, and every kind of mistake in one is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightkv_export
+from lightkv_export.errors import UserError
+from lightkv_export.recipe import StageSpec, load_recipe, recipe_from_toml, recipe_names
+from lightkv_export.schedule import KEEP_TOLERANCE, schedule_from_stages
+
+TEXT = """
+family = "llava"
+checkpoint = "org/name"
+windows = [2, 1]
+[text]
+layers = 4
+hidden = 8
+heads = 2
+kv_heads = 1
+head_dim = 4
+intermediate = 16
+vocab = 32
+[vision]
+tokens = 64
+tiles = 1
+encoder_tokens = 65
+layers = 2
+hidden = 8
+intermediate = 16
+patch_size = 2
+image_size = 16
+projector_hidden = 8
+[[schedule]]
+keep = 0.81
+stages = ["1:2:0.25", "2:1:0.25"]
+[tolerances]
+logits = 1
+"""
+
+
+def test_shipped_recipes() -> None:
+    assert set(recipe_names()) >= {
+        "tiny-llava",
+        "llava-1.5-7b",
+        "llava-1.5-13b",
+        "llava-next-vicuna-7b",
+        "llava-next-vicuna-13b",
+        "llava-next-mistral-7b",
+        "qwen2.5-vl-7b",
+    }
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_is_consistent(name: str) -> None:
+    recipe = load_recipe(name)
+    text, vision = recipe.shape.text, recipe.shape.vision
+    assert recipe.name == name and recipe.shape.family == recipe.family
+    assert text.heads % text.kv_heads == 0
+    patches = (vision.image_size // vision.patch_size) ** 2
+    assert vision.encoder_tokens - patches in (0, 1)
+    assert vision.tokens <= vision.tiles * (patches // vision.spatial_merge**2)
+    for keep, specs in recipe.schedules.items():
+        schedule = schedule_from_stages(text.layers, vision.tokens, specs)
+        assert abs(schedule.keep - keep) <= KEEP_TOLERANCE / 5  # declared and achieved: no more than rounding apart
+        assert tuple(spec.windows_per_side for spec in specs) == recipe.windows
+
+
+def test_tiny_llava_shape() -> None:
+    shape = load_recipe("tiny-llava").shape
+    assert (shape.text.layers, shape.text.hidden, shape.text.heads, shape.text.head_dim) == (12, 192, 3, 64)
+    assert (shape.vision.tokens, shape.vision.layers, shape.text.tied_embeddings) == (576, 4, False)
+
+
+def test_recipe_from_toml() -> None:
+    recipe = recipe_from_toml(TEXT, "mine")
+    assert (recipe.name, recipe.revision, recipe.positions, recipe.windows) == ("mine", None, "restart", (2, 1))
+    assert recipe.schedules == {0.81: (StageSpec(1, 2, 0.25), StageSpec(2, 1, 0.25))}
+    assert recipe.tolerances == {"logits": 1.0}
+    assert recipe.shape.text.kv_heads == 1 and recipe.shape.vision.spatial_merge == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("family =", "famly =", "unknown key 'famly' (did you mean 'family'?)"),
+        ("kv_heads", "kv_head", "[text] has an unknown key 'kv_head' (did you mean 'kv_heads'?)"),
+        ("vocab = 32\n", "", "[text] lacks vocab"),
+        ("keep = 0.81", "kept = 0.81", "[[schedule]] has an unknown key 'kept'"),
+        ("layers = 4", 'layers = "4"', "[text] layers is '4'"),
+        ("layers = 4", "layers = true", "[text] layers is True"),
+        ("layers = 4", "layers = 0", "[text] layers = 0"),
+        ("keep = 0.81", "keep = 81", "keep = 81"),
+        ("windows = [2, 1]", "windows = [2, 0]", "windows is [2, 0]"),
+        ("windows = [2, 1]", 'windows = [2, 1]\npositions = "absolute"', "positions is 'absolute'"),
+        ('"1:2:0.25"', '"1:2:0.75"', "the discard ratio is 0.75"),
+        ('stages = ["1:2:0.25", "2:1:0.25"]', "stages = [1]", "stages of keep 0.81 is [1]"),
+        ("logits = 1", 'logits = "loose"', "tolerance logits is 'loose'"),
+        ("[text]", "[text", "is not valid TOML"),
+    ],
+)
+def test_mistake_in_recipe(old: str, new: str, message: str) -> None:
+    assert TEXT.count(old)
+    with pytest.raises(UserError) as caught:
+        recipe_from_toml(TEXT.replace(old, new, 1), "mine")
+    assert message in str(caught.value)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(
+        UserError, match=r"(?s)'llava-1.5-7'.*did you mean 'llava-1.5-7b'.*expected: .*tiny-llava.*to do"
+    ):
+        load_recipe("llava-1.5-7")
+
+
+def test_stage_spec_round_trip() -> None:
+    spec = StageSpec.parse("12:4:0.5")
+    assert spec == StageSpec(12, 4, 0.5) and str(spec) == "12:4:0.5"
+
+
+@pytest.mark.parametrize("text", ["", "12", "12:4", "12:4:0.5:1", "a:4:0.5", "1.5:4:0.5", "12:4:half"])
+def test_stage_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(UserError, match="(?s)cannot be read.*expected: LAYER:WINDOWS:RATIO.*to do"):
+        StageSpec.parse(text)
+
+
+@pytest.mark.parametrize("text", ["-1:4:0.5", "1:0:0.5", "1:4:0", "1:4:-0.1", "1:4:0.51", "1:4:nan", "1:4:inf"])
+def test_stage_out_of_range(text: str) -> None:
+    with pytest.raises(UserError, match="(?s)stage .*expected: .*to do"):
+        StageSpec.parse(text)
+
+
+def test_planning_loads_the_standard_library_alone() -> None:
+    code = (
+        "import sys; import lightkv_export.schedule; "
+        "heavy = {'torch', 'transformers', 'numpy', 'onnx', 'onnxruntime', 'rich'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(lightkv_export.__file__).parent.parent)
