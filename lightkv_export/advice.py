@@ -117,7 +117,7 @@ def _advice(before: Setting, after: Setting, target: Target) -> Advice:
     words = []
     if after.precision.weights != before.precision.weights:
         changes["weights"] = after.precision.weights
-        words.append(f"--weights {after.precision.weights}")
+        words.append(f"--weights {after.precision.weights} (planned only: no export quantizes yet)")
     if after.plan.schedule != before.plan.schedule:
         changes["keep"] = after.plan.schedule.requested or after.plan.schedule.keep
         words.append(f"--keep {changes['keep']:g}")

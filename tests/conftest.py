@@ -47,11 +47,11 @@ MODELS = {  # the seeds were chosen for answers of 64 tokens, without a stop tok
         stages=("0:2:0.5",),
         link_weights=True,
     ),
-    # The shipped recipe itself, at every keep that its twelve layers reach.
-    "tiny-llava": Small({}, (0.75, 0.55, 0.4)),
     # 12 x 12 vision tokens in 4 x 4 windows.
     "many windows": Small({"seed": 5, "layers": 3, "kv_heads": 2}, stages=("1:4:0.5",)),
 }
+
+RECIPES = {"tiny-llava": Small({}, (0.75, 0.55, 0.4))}  # shipped models
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Exports:
         """The checkpoint of `MODELS[name]`."""
         from models import make_llava
 
-        if name == "tiny-llava":
-            return Path(name)  # a recipe needs no directory
+        if name in RECIPES:
+            return Path(name)  # needs no directory
         if name not in self.made:
             self.made[name] = make_llava(self.root / name.replace(" ", "-"), **MODELS[name].model)
         return self.made[name]
@@ -78,7 +78,7 @@ class Exports:
 
         key = f"{name} {options}"
         if key not in self.made:
-            small, out = MODELS[name], self.root / f"bundle-{len(self.made)}"
+            small, out = {**MODELS, **RECIPES}[name], self.root / f"bundle-{len(self.made)}"
             cuts = {"keeps": small.keeps, "stages": tuple(StageSpec.parse(text) for text in small.stages)}
             settings = {"max_tokens": 2048, "link_weights": small.link_weights, **cuts, **options}
             request = ExportRequest(str(self.model(name)), out, **settings)

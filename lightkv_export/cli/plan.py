@@ -51,8 +51,8 @@ def add_parser(subparsers: Any) -> None:
         "--weights",
         choices=("none", *WEIGHT_BYTES),
         default="none",
-        help="with --target: how the decoder's weights are stored (default: as --dtype); fp8 and nvfp4 can be planned, "
-        "not exported",
+        help="with --target: how the decoder's weights are stored (default: as --dtype); quantized ones can be "
+        "planned, not exported yet",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
