@@ -331,6 +331,7 @@ def write_weights(model: torch.nn.Module, out: Path) -> None:
 
     half = LlavaForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         half.half().save_pretrained(scratch)
         (Path(scratch) / "model.safetensors").replace(out / "model.safetensors")
