@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightkv_export.errors import UserError
+from lightkv_export.families import Checkpoint
+from lightkv_export.families.processors import load_processor
 from lightkv_export.manifest import Preprocess
 
 # Settings that only say how Hugging Face itself should run.
@@ -33,26 +35,28 @@ class Assets:
     eos_token_ids: tuple[int, ...]
 
 
-def write_assets(checkpoint: Path, out: Path, preprocess_kind: str) -> Assets:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json and
-    generation_config.json into `out`; raises UserError if the checkpoint has no tokenizer or no chat template."""
-    from transformers import AutoProcessor
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Configuration and processor of a checkpoint; raises UserError if the processor's files are not there or wrong."""
+    from transformers import AutoConfig
 
-    try:
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, backend="pil")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} has no usable processor: {str(error).splitlines()[0]}",
-            expected="tokenizer.json, a chat template and preprocessor_config.json beside the weights",
-        ) from None
+    processor = load_processor(directory)
+    return Checkpoint(directory, AutoConfig.from_pretrained(directory, trust_remote_code=False), processor)
+
+
+def write_assets(checkpoint: Checkpoint, out: Path, preprocess_kind: str) -> Assets:
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json and
+    generation_config.json into `out`; raises UserError if the checkpoint has no chat template."""
+    processor = checkpoint.processor
     template = processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(template, str):
-        raise UserError(f"{checkpoint} has no chat template", expected="chat_template.jinja beside the weights")
+        raise UserError(
+            f"{checkpoint.directory} has no chat template", expected="chat_template.jinja beside the weights"
+        )
     processor.tokenizer.save_pretrained(out)
     (out / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = {key: value for key, value in processor.image_processor.to_dict().items() if _is_setting(key, value)}
     _write_json(out / "preprocessor_config.json", settings)
-    generation = _read_json(checkpoint / "generation_config.json")
+    generation = _read_json(checkpoint.directory / "generation_config.json")
     _write_json(out / "generation_config.json", generation)
     eos = generation.get("eos_token_id", processor.tokenizer.eos_token_id)
     ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))

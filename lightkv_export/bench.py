@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lightkv_export.errors import UserError
+from lightkv_export.manifest import Size
 from lightkv_export.runtime.generation import Result
 from lightkv_export.runtime.model import Model
 
@@ -31,6 +32,7 @@ class BenchRequest:
     Attributes:
         keeps: keeps of the bundle, by what was asked for; empty: all of them.
         num_images: pictures in the prompt.
+        image_size: which of the bundle's sizes they have, e.g. "672x504"; empty: its default.
         prompt: the text.
         new_tokens: tokens generated per run, at least 2.
         runs: counted runs per keep.
@@ -39,6 +41,7 @@ class BenchRequest:
 
     keeps: tuple[float, ...] = ()
     num_images: int = 1
+    image_size: str = ""
     prompt: str = PROMPT
     new_tokens: int = 32
     runs: int = 5
@@ -75,7 +78,9 @@ class KeepFigures:
 def bench(model: Model, request: BenchRequest, on_run: OnRun = lambda name, done, total: None) -> list[KeepFigures]:
     """Runs the request `warmup + runs` times per keep, keeps taking turns; stop tokens do not end a run."""
     keeps = [model.manifest.keep_named(keep) for keep in request.keeps] or list(model.manifest.keeps)
-    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    size = size_of(model, request)
+    image = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), dtype=np.uint8)
+    token = (model.manifest.image_token_id + 1) % model.manifest.embedding.shape[0]  # any that is no image
     results: dict[float, list[Result]] = {keep.requested: [] for keep in keeps}
     peaks: dict[float, int | None] = dict.fromkeys(results)
     total = (request.warmup + request.runs) * len(keeps)
@@ -84,8 +89,7 @@ def bench(model: Model, request: BenchRequest, on_run: OnRun = lambda name, done
             on_run(f"keep {keep.requested:g}", round_ * len(keeps) + index, total)
             reset = reset_peak_memory()
             images = [image] * request.num_images
-            forced = tuple([model.manifest.image_token_id + 1] * request.new_tokens)
-            result = model.run(request.prompt, images, keep=keep.requested, forced=forced)
+            result = model.run(request.prompt, images, keep=keep.requested, forced=(token,) * request.new_tokens)
             if round_ >= request.warmup:
                 results[keep.requested].append(result)
             if reset:
@@ -102,6 +106,12 @@ def bench(model: Model, request: BenchRequest, on_run: OnRun = lambda name, done
         )
         for keep in keeps
     ]
+
+
+def size_of(model: Model, request: BenchRequest) -> Size:
+    """The size of the pictures; raises UserError if the bundle lacks it."""
+    manifest = model.manifest
+    return manifest.size_named(request.image_size) if request.image_size else manifest.sizes[0]
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -143,6 +153,6 @@ def document_from_figures(model: Model, request: BenchRequest, figures: Sequence
         "dtype": model.manifest.dtype,
         "lowering": model.manifest.lowering,
         "device": device_name(),
-        "request": asdict(request),
+        "request": asdict(request) | {"image_size": size_of(model, request).name},
         "keeps": [asdict(figure) for figure in figures],
     }

@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lightkv_export.bundle import Bundle
 from lightkv_export.engines.compiler import OnProgress, weight_bytes
 from lightkv_export.engines.library import Library, library_for_building
-from lightkv_export.engines.profiles import EnginePlan, Limits, plan_engines
+from lightkv_export.engines.profiles import EnginePlan, Limits, VisionShapes, plan_engines
 from lightkv_export.engines.receipt import ENGINES, Engine, Receipt, read_receipt, source_digest, write_receipt
 from lightkv_export.engines.worker import Job, Report, compile_here, compile_in_process
 from lightkv_export.errors import BundleError, UserError
@@ -97,7 +99,7 @@ def build_engines(
     _check_profiles(library, request.num_profiles)
     if request.target:
         check_for_target(bundle, request.target)
-    plans = plan_engines(manifest, keeps, limits, request.num_profiles)
+    plans = plan_engines(manifest, keeps, limits, vision_shapes(bundle), request.num_profiles)
     workspaces = {
         plan.graph: _workspace(bundle, manifest.graph_named(plan.graph), request.memory_bytes) for plan in plans
     }
@@ -138,11 +140,27 @@ def check_for_target(bundle: Bundle, target: str) -> None:
         )
 
 
+def vision_shapes(bundle: Bundle) -> VisionShapes:
+    """What the vision graph is given for each size: its tables, and the pixels of a black image of that size."""
+    from lightkv_export.runtime.image import pixel_values
+    from lightkv_export.runtime.vision import load_tables, vision_inputs
+
+    manifest = bundle.manifest
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for graph in (graph for graph in manifest.graphs if graph.role == "vision"):
+        for size in manifest.sizes:
+            black = np.zeros((size.height, size.width, 3), np.uint8)
+            pixels = pixel_values(manifest.preprocess, black, size)
+            for name, array in vision_inputs(graph, pixels, load_tables(bundle, size)).items():
+                shapes.setdefault(name, []).append(array.shape)
+    return {name: tuple(found) for name, found in shapes.items()}
+
+
 def chosen_keeps(manifest: Manifest, keeps: tuple[float, ...]) -> tuple[Keep, ...]:
     """The bundle's keeps of these names; of none: every keep that has stages, else keep 1.0."""
     if keeps:
         return tuple(manifest.keep_named(keep) for keep in keeps)
-    return tuple(keep for keep in manifest.keeps if keep.stages) or manifest.keeps
+    return tuple(keep for keep in manifest.keeps if any(plan.stages for plan in keep.plans)) or manifest.keeps
 
 
 def _wanted_capabilities(library: Library, manifest: Manifest, request: BuildRequest) -> tuple[str, ...]:

@@ -2,15 +2,14 @@
 
 `open_bundle(path)` checks the manifest, every size and (unless told otherwise) every hash. `BundleWriter(out)` builds
 the bundle in a temporary sibling directory `.NAME.partial-PID` and renames it at the end, so that no other program ever
-sees half a bundle. The manifest's dataclasses live in `manifest` and are re-exported here.
+sees half a bundle; what an interrupted export had finished can be taken over, see `resume`. The manifest's dataclasses
+live in `manifest` and are re-exported here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from lightkv_export.digests import Digests, digest_file
 from lightkv_export.errors import BundleError, UserError
-from lightkv_export.filesystem import disk_error, exchange, free_bytes, is_running, size_text, sync, tree_bytes
+from lightkv_export.filesystem import disk_error, exchange, free_bytes, size_text, sync, tree_bytes
 from lightkv_export.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -27,13 +27,16 @@ from lightkv_export.manifest import (
     FileEntry,
     Graph,
     Keep,
+    KeepPlan,
     KeepStage,
     Manifest,
     Preprocess,
+    Size,
     Tensor,
     check_path,
 )
 from lightkv_export.manifest_json import manifest_from_text, manifest_text
+from lightkv_export.resume import JOURNAL_NAME, Journal, clear_leftovers
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,18 +47,18 @@ __all__ = [
     "FileEntry",
     "Graph",
     "Keep",
+    "KeepPlan",
     "KeepStage",
     "Manifest",
     "OnProgress",
     "Preprocess",
+    "Size",
     "Tensor",
     "open_bundle",
 ]
 
 OnProgress = Callable[[str, int, int], None]
 """Called as (file name, bytes done, bytes in all) over the whole bundle while files are hashed."""
-
-BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,14 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True, on_progres
 class BundleWriter:
     """Context manager that writes a bundle whole or not at all.
 
-    Put files under `path`, then call `finish`. Leaving the block by any exception (KeyboardInterrupt included) removes
-    the temporary directory; a killed export's directory is removed by the next export to the same place.
+    Put files under `path`, then call `finish`. Leaving the block by any exception removes the temporary directory; a
+    killed export's directory is removed by the next export to the same place. With a journal (`resume`), finished parts
+    stay if an interruption or a full disk ends the block.
 
     Args:
         out: directory to create; parents are made as needed.
         overwrite: replace a bundle (or an empty directory) that stands there. Anything else is never replaced.
+        fresh: take nothing over from an interrupted export.
         expected_bytes: about what the bundle will take on disk; checked against the free space before any work.
 
     Raises:
@@ -116,17 +121,24 @@ class BundleWriter:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], overwrite: bool = False, *, expected_bytes: int | None = None
+        self,
+        out: str | os.PathLike[str],
+        overwrite: bool = False,
+        *,
+        fresh: bool = False,
+        expected_bytes: int | None = None,
     ) -> None:
         self.out = Path(out).resolve()
-        self.overwrite = overwrite
+        self.overwrite, self.fresh = overwrite, fresh
         self.expected_bytes = expected_bytes
         self.path = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
         self._made_parents: list[Path] = []
+        self._leftovers: list[Path] = []
+        self._journal: Journal | None = None
         self._finished = False
 
     def __enter__(self) -> BundleWriter:
-        _remove_leftovers(self.out)
+        self._leftovers = clear_leftovers(self.out, _ACTIVE, journals=self.fresh)
         self._check_out()
         try:
             for parent in reversed([p for p in self.out.parents if not p.exists()]):
@@ -151,33 +163,51 @@ class BundleWriter:
             return
         reason = disk_error(error)
         written, free = (tree_bytes(self.path), free_bytes(self.out.parent)) if reason else (0, 0)
-        self._discard()
+        kept = ""
+        if self._journal and self._journal.parts and (reason or isinstance(error, KeyboardInterrupt)):
+            kept = self._keep_finished(self._journal)
+        else:
+            self._discard()
         if reason:
             needed = self.expected_bytes or written
             raise UserError(
                 f"cannot write the bundle {self.out}: {reason} ({size_text(free)} free, {size_text(written)} written)",
                 expected=f"room for {'about' if self.expected_bytes else 'more than'} {size_text(needed)}",
-                fix="free some space or choose another --out; nothing was left behind",
+                fix=f"free some space or choose another --out; {kept or 'nothing was left behind'}",
             ) from error
+        if kept:
+            raise KeyboardInterrupt(f"interrupted; {kept}") from error
         if error is None:
             raise RuntimeError("BundleWriter: the block ended without finish(); the bundle was discarded")
 
-    def finish(self, manifest: Manifest, on_progress: OnProgress | None = None) -> Bundle:
+    def resume(self, fingerprint: str, digests: Digests) -> Journal:
+        """The journal of finished parts; what an interrupted export with this `fingerprint` left is in it already."""
+        self._journal = Journal(self.path, fingerprint, digests, self._leftovers)
+        return self._journal
+
+    def finish(
+        self, manifest: Manifest, on_progress: OnProgress | None = None, digests: Digests | None = None
+    ) -> Bundle:
         """Hash and sync every file, write the manifest, and move the bundle into place.
 
         Args:
             manifest: `files` is filled in here.
             on_progress: see `OnProgress`.
+            digests: what is being hashed already.
 
         Raises:
             BundleError: the manifest contradicts itself or the files.
             UserError: `out` appeared meanwhile.
         """
         sizes = _tree_sizes(self.path)
-        files = {n: FileEntry(digest, sizes[n]) for n, digest in _digests(self.path, sizes, on_progress, to_disk=True)}
+        sizes.pop(JOURNAL_NAME, None)
+        with digests or Digests() as known:
+            found = _digests(self.path, sizes, on_progress, known)
+            files = {name: FileEntry(digest, sizes[name]) for name, digest in found}
         complete = dataclasses.replace(manifest, files=files)
         target = self.path / MANIFEST_NAME
         target.write_text(manifest_text(complete), encoding="utf-8")
+        (self.path / JOURNAL_NAME).unlink(missing_ok=True)
         for path in (target, *(Path(folder) for folder, _, _ in os.walk(self.path))):
             sync(path)
         self._move_into_place()
@@ -224,6 +254,15 @@ class BundleWriter:
             shutil.rmtree(aside, ignore_errors=True)
         sync(self.out.parent)
 
+    def _keep_finished(self, journal: Journal) -> str:
+        """Removes what is half done; returns where the rest stays, for the user."""
+        finished = {file.path for part in journal.parts.values() for file in part.files} | {JOURNAL_NAME}
+        for name in _tree_sizes(self.path).keys() - finished:
+            (self.path / name).unlink()
+        _ACTIVE.discard(self.path)
+        parts, size = len(journal.parts), size_text(journal.num_bytes)
+        return f"{parts} finished parts ({size}) stay in {self.path}: the same command goes on from there"
+
     def _discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         _ACTIVE.discard(self.path)
@@ -237,19 +276,6 @@ class BundleWriter:
 
 _ACTIVE: set[Path] = set()
 """Temporary directories in use by this process. Containers reuse process ids: a leftover may carry our own."""
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Clear what a killed export to `out` left; a bundle that it had moved aside comes back."""
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(partial|replaced)-(\d+)")
-    for path in list(out.parent.iterdir()) if out.parent.is_dir() else []:
-        match = pattern.fullmatch(path.name)
-        if match is None or path in _ACTIVE or (int(match[2]) != os.getpid() and is_running(int(match[2]))):
-            continue
-        if match[1] == "replaced" and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _manifest_file_text(root: Path) -> str:
@@ -284,18 +310,21 @@ def _tree_sizes(root: Path) -> dict[str, int]:
 
 
 def _digests(
-    root: Path, sizes: dict[str, int], on_progress: OnProgress | None, to_disk: bool = False
+    root: Path, sizes: dict[str, int], on_progress: OnProgress | None, known: Digests | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(name, sha256) of each file, read in blocks; with `to_disk`, a file is on the disk before its digest is given."""
+    """(name, sha256) of each file. With `known`, digests that may be there, every file is on the disk by then."""
     total, done = sum(sizes.values()), 0
-    for name in sizes:
-        digest = hashlib.sha256()
-        with (root / name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                if on_progress:
-                    on_progress(name, done, total)
-            if to_disk:
-                os.fsync(file.fileno())
-        yield name, digest.hexdigest()
+    for name, size in sizes.items():
+
+        def on_bytes(count: int, name: str = name) -> None:
+            nonlocal done
+            done += count
+            if on_progress:
+                on_progress(name, done, total)
+
+        digest = known.known(root / name) if known else None
+        if digest is None:
+            digest = digest_file(root / name, on_bytes=on_bytes, to_disk=known is not None)
+        else:
+            on_bytes(size)
+        yield name, digest

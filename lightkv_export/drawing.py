@@ -1,7 +1,8 @@
 """Pictures of what the stages did to an image: which tokens merged into which, and what the prompt looked at.
 
-`follow_merges` composes the stages, so that every patch of the image knows the token in which it ended; `draw_merges`
-draws one panel per stage, one row per prompt. numpy and Pillow only; the same input gives the same pixels.
+`follow_merges` composes the stages, so that every patch of a unit knows the token in which it ended; `draw_merges`
+draws one panel per stage, one row per prompt, for each unit: the image, or each tile that is merged on its own. numpy
+and Pillow only; the same input gives the same pixels.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lightkv_export.errors import UserError
+from lightkv_export.manifest import Preprocess, Size
 from lightkv_export.report import write_bytes
 from lightkv_export.runtime.generation import StageTrace
-from lightkv_export.runtime.image import ImageSource
+from lightkv_export.runtime.image import ImageSource, decode, fit_size, pixel_values, seen_image
 from lightkv_export.runtime.model import Model
+
+Grid = tuple[int, int]
+"""Rows and columns of vision tokens."""
 
 NEW_TOKENS = 16  # of the answer that is written over its row
 CELL = 20  # pixels per patch
@@ -31,8 +36,16 @@ PALE = 0.7  # how much of its colour a patch keeps that merged away
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a unit of vision tokens shows: uint8 RGB [h, w, 3], and the grid of its tokens over it."""
+
+    picture: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True)
 class Merges:
-    """An image's patches after some stages, all arrays over the v tokens that the image had at first.
+    """A unit's patches after some stages, all arrays over the v tokens that the unit had at first.
 
     Attributes:
         layer: the decoder layer that the last of these stages follows.
@@ -65,11 +78,11 @@ class Merges:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: what it says, what was answered, and the merges after each stage."""
+    """One prompt: what it says, what was answered, and for each unit of the image the merges after each stage."""
 
     prompt: str
     answer: str
-    stages: tuple[Merges, ...]
+    units: tuple[tuple[Merges, ...], ...]
 
 
 def row_from_prompt(model: Model, image: ImageSource, prompt: str, keep: float | None = None) -> Row:
@@ -78,11 +91,64 @@ def row_from_prompt(model: Model, image: ImageSource, prompt: str, keep: float |
     Raises:
         UserError: the keep has no stages, or image, prompt or keep cannot be used.
     """
-    if not model.manifest.keep_named(keep).stages:
-        raise UserError("keep 1.0 merges nothing", fix="choose a lower --keep of the bundle")
+    chosen, size = model.manifest.keep_named(keep), _size_of(model, decode(image))
+    if not chosen.plan_for(size.tokens).stages:
+        raise UserError(
+            f"keep {chosen.requested:g} merges nothing in an image of {size.name}",
+            fix="choose a lower --keep of the bundle",
+        )
     traces: list[StageTrace] = []
     result = model.run(prompt, [image], keep=keep, max_new_tokens=NEW_TOKENS, on_stage=traces.append)
-    return Row(prompt, result.text.strip(), follow_merges(traces))
+    units = tuple(follow_merges(traces, unit) for unit in range(len(traces[0].kept)))
+    return Row(prompt, " ".join(result.text.split()), units)  # the title is one line
+
+
+def seen_units(model: Model, image: ImageSource) -> tuple[Seen, ...]:
+    """What each unit of the image shows.
+
+    Raises:
+        UserError: the image cannot be used, or its vision tokens do not lie on a grid.
+    """
+    pixels, preprocess = decode(image), model.manifest.preprocess
+    size = _size_of(model, pixels)
+    if preprocess.kind == "tiles":
+        return _seen_tiles(preprocess, pixels, size)
+    grid = (isqrt(size.tokens),) * 2
+    if preprocess.kind == "patches":
+        side = size.geometry["patch_size"] * size.geometry["merge_size"]
+        width, height = size.geometry["resize"]
+        grid = height // side, width // side
+    _check_grid(grid, size)
+    return (Seen(seen_image(preprocess, pixels, size), grid),)
+
+
+def _size_of(model: Model, image: np.ndarray) -> Size:
+    return fit_size(model.manifest.sizes, image.shape[1], image.shape[0])
+
+
+def _seen_tiles(preprocess: Preprocess, image: np.ndarray, size: Size) -> tuple[Seen, ...]:
+    """Tiles are shown as the vision graph is given them, turned back into colours."""
+    pixels, settings = pixel_values(preprocess, image, size), preprocess.settings
+    if len(pixels) != size.units:
+        raise UserError(
+            f"the {size.tokens} vision tokens of an image of {size.name} are {len(pixels)} tiles and line breaks",
+            expected="vision tokens on one grid, as of a model that merges an image or a tile as a whole",
+            fix="the picture cannot be drawn for this model; the stages are listed by lightkv inspect",
+        )
+    grid = (isqrt(size.tokens),) * 2
+    _check_grid(grid, size)
+    if settings.get("do_normalize", True):
+        mean, deviation = (np.array(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
+        pixels = pixels * deviation + mean
+    if settings.get("do_rescale", True):
+        pixels = pixels / settings.get("rescale_factor", 1 / 255)
+    colours = np.rint(pixels).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return tuple(Seen(tile, grid) for tile in colours)
+
+
+def _check_grid(grid: Grid, size: Size) -> None:
+    if grid[0] * grid[1] != size.tokens:
+        raise UserError(f"{size.tokens} vision tokens are no grid", expected="a model with a token per patch")
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -92,12 +158,12 @@ def save_png(picture: Image.Image, path: Path) -> None:
     write_bytes(path, encoded.getvalue())
 
 
-def follow_merges(traces: Sequence[StageTrace], image: int = 0) -> tuple[Merges, ...]:
-    """The stages of one image of a chunk, composed: stage i works on the survivors of stage i-1.
+def follow_merges(traces: Sequence[StageTrace], unit: int = 0) -> tuple[Merges, ...]:
+    """The stages of one unit of a chunk, composed: stage i works on the survivors of stage i-1.
 
     Args:
-        traces: what `Request.on_stage` was given, importance included.
-        image: which image of the chunk.
+        traces: what `Request.on_stage` was given, importance included; of units of one length.
+        unit: which unit of the chunk.
     """
     count = traces[0].target.shape[1]
     owner, weight = np.arange(count), np.ones(count, np.float32)
@@ -105,7 +171,7 @@ def follow_merges(traces: Sequence[StageTrace], image: int = 0) -> tuple[Merges,
     token_patch = np.arange(count)  # the patch that every token of this sequence belongs to
     found = []
     for trace in traces:
-        kept, target, scores = trace.kept[image], trace.target[image], trace.importance[image]
+        kept, target, scores = trace.kept[unit], trace.target[unit], trace.importance[unit]
         total = np.bincount(target, scores, len(kept))[target]
         alone = np.bincount(target, minlength=len(kept))[target] == 1
         portion = np.where(alone, 1, scores / np.maximum(total, 1e-8)).astype(np.float32)
@@ -116,41 +182,43 @@ def follow_merges(traces: Sequence[StageTrace], image: int = 0) -> tuple[Merges,
     return tuple(found)
 
 
-def draw_merges(seen: np.ndarray, rows: Sequence[Row]) -> Image.Image:
-    """One row per prompt: what it looked at, then one panel per stage.
+def draw_merges(seen: Sequence[Seen], rows: Sequence[Row]) -> Image.Image:
+    """For each unit one row per prompt: what it looked at, then one panel per stage.
 
     Args:
-        seen: uint8 RGB [h, w, 3], the image as the vision graph sees it.
+        seen: what each unit shows; all have the same grid.
         rows: one or more prompts about this image at one keep.
-
-    Raises:
-        UserError: the image's tokens are no square grid.
     """
-    side = isqrt(len(rows[0].stages[0].owner))
-    if side * side != len(rows[0].stages[0].owner):
-        raise UserError(
-            f"{len(rows[0].stages[0].owner)} vision tokens are no square grid",
-            expected="a model with a token per patch",
-        )
-    base = np.asarray(Image.fromarray(seen).resize((side * CELL, side * CELL), Image.Resampling.BICUBIC))
-    panel, columns = side * CELL, len(rows[0].stages) + 1
-    height = HEADER + TITLE + panel + GAP
-    canvas = Image.new("RGB", (GAP + columns * (panel + GAP), GAP + len(rows) * height + LEGEND), BACKGROUND)
-    for line, row in enumerate(rows):
-        top = GAP + line * height
-        _write(canvas, (GAP, top), f"{row.prompt}  Answer: {row.answer}", canvas.width - 2 * GAP, INK, 22)
-        _write(canvas, (GAP, top + HEADER), "what the prompt looks at (bright: most)", panel, FAINT, 17)
-        canvas.paste(_attention_panel(base, row.stages[0].importance), (GAP, top + HEADER + TITLE))
-        for number, stage in enumerate(row.stages):
-            other = rows[0].stages[number] if line else None
-            corner = (GAP + (number + 1) * (panel + GAP), top + HEADER)
-            _write(canvas, corner, _title(stage, other), panel, FAINT, 17)
-            canvas.paste(_stage_panel(base, stage, other), (corner[0], corner[1] + TITLE))
+    down, across = (CELL * count for count in seen[0].grid)
+    columns, height = len(rows[0].units[0]) + 1, HEADER + TITLE + down + GAP
+    lines = [(unit, row) for unit in range(len(seen)) for row in rows]
+    canvas = Image.new("RGB", (GAP + columns * (across + GAP), GAP + len(lines) * height + LEGEND), BACKGROUND)
+    for line, (unit, row) in enumerate(lines):
+        title = f"{row.prompt}  Answer: {row.answer}"
+        title = f"Tile {unit + 1} of {len(seen)}.  {title}" if len(seen) > 1 else title
+        first = None if row is rows[0] else rows[0].units[unit]
+        canvas.paste(_line(seen[unit], title, row.units[unit], first), (0, GAP + line * height))
     legend = "Every patch shows what its token holds: the weighted mean of the patches in it. Outlined: survivors. "
     legend += "Lines: merged into which survivor at this stage"
     legend += " (pink: unlike under the first prompt)." if len(rows) > 1 else "."
     _write(canvas, (GAP, canvas.height - LEGEND), legend, canvas.width - 2 * GAP, FAINT, 17)
     return canvas
+
+
+def _line(seen: Seen, title: str, stages: Sequence[Merges], first: Sequence[Merges] | None) -> Image.Image:
+    """The panels of one prompt for one unit, with titles; `first` holds the stages under the first prompt."""
+    down, across = (CELL * count for count in seen.grid)
+    base = np.asarray(Image.fromarray(seen.picture).resize((across, down), Image.Resampling.BICUBIC))
+    size = (GAP + (len(stages) + 1) * (across + GAP), HEADER + TITLE + down)
+    line = Image.new("RGB", size, BACKGROUND)
+    _write(line, (GAP, 0), title, line.width - 2 * GAP, INK, 22)
+    _write(line, (GAP, HEADER), "what the prompt looks at (bright: most)", across, FAINT, 17)
+    line.paste(_attention_panel(base, stages[0].importance, seen.grid), (GAP, HEADER + TITLE))
+    for number, stage in enumerate(stages):
+        other, left = None if first is None else first[number], GAP + (number + 1) * (across + GAP)
+        _write(line, (left, HEADER), _title(stage, other), across, FAINT, 17)
+        line.paste(_stage_panel(base, stage, other, seen.grid), (left, HEADER + TITLE))
+    return line
 
 
 def _title(stage: Merges, other: Merges | None) -> str:
@@ -161,17 +229,17 @@ def _title(stage: Merges, other: Merges | None) -> str:
     return f"{title}, {len(links - other.links)} of {len(links)} merges differ"
 
 
-def _stage_panel(base: np.ndarray, stage: Merges, other: Merges | None) -> Image.Image:
+def _stage_panel(base: np.ndarray, stage: Merges, other: Merges | None, grid: Grid) -> Image.Image:
     """What the tokens hold, survivors outlined, and lines for the merges of this stage."""
-    side, edge = isqrt(len(stage.owner)), base.shape[0] * FINE
-    panel = Image.fromarray(token_contents(base, stage)).resize((edge, edge), Image.Resampling.NEAREST)
+    across, fine = grid[1], (base.shape[1] * FINE, base.shape[0] * FINE)
+    panel = Image.fromarray(token_contents(base, stage, grid)).resize(fine, Image.Resampling.NEAREST)
     lines = Image.new("RGBA", panel.size, (0, 0, 0, 0))
     pen, cell = ImageDraw.Draw(lines), CELL * FINE
     for patch in np.flatnonzero(stage.survivors):
-        top, left = (int(place) * cell for place in divmod(patch, side))
+        top, left = (int(place) * cell for place in divmod(patch, across))
         pen.rectangle((left, top, left + cell - 1, top + cell - 1), outline=OUTLINE, width=FINE)
     for patch, owner in sorted(stage.links):
-        ends = [(place % side * cell + cell // 2, place // side * cell + cell // 2) for place in (patch, owner)]
+        ends = [(place % across * cell + cell // 2, place // across * cell + cell // 2) for place in (patch, owner)]
         changed = other is not None and (patch, owner) not in other.links
         if other is None or changed:
             pen.line(ends, fill=CHANGED if changed else LINK, width=2 * FINE)
@@ -182,27 +250,26 @@ def _stage_panel(base: np.ndarray, stage: Merges, other: Merges | None) -> Image
     return whole.resize(base.shape[1::-1], Image.Resampling.BOX)
 
 
-def token_contents(base: np.ndarray, stage: Merges) -> np.ndarray:
+def token_contents(base: np.ndarray, stage: Merges, grid: Grid) -> np.ndarray:
     """Every patch replaced by the weighted mean of its token's patches; patches that did not survive a little paler.
 
-    uint8 [side * p, side * p, 3] -> the same shape.
+    uint8 [rows * p, columns * p, 3] -> the same shape.
     """
-    side = isqrt(len(stage.owner))
-    size = base.shape[0] // side
-    patches = base.reshape(side, size, side, size, 3).swapaxes(1, 2).reshape(side * side, -1).astype(np.float32)
+    rows, columns = grid
+    size = base.shape[0] // rows
+    patches = base.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.float32)
     held = np.zeros_like(patches)
     np.add.at(held, stage.owner, patches * stage.weight[:, None])
     shown = np.where(stage.survivors[:, None], held, PALE * held[stage.owner] + (1 - PALE) * 255)
-    squares = shown.reshape(side, side, size, size, 3).swapaxes(1, 2)
+    squares = shown.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
     return np.rint(squares.reshape(base.shape)).clip(0, 255).astype(np.uint8)
 
 
-def _attention_panel(base: np.ndarray, importance: np.ndarray) -> Image.Image:
+def _attention_panel(base: np.ndarray, importance: np.ndarray, grid: Grid) -> Image.Image:
     """The image, bright where the prompt looks: the least important patch at 12 %, the top twentieth in full."""
-    side = isqrt(len(importance))
     low, high = float(importance.min()), float(np.quantile(importance, 0.95))
     shown = 0.12 + 0.88 * np.clip((importance - low) / max(high - low, 1e-12), 0, 1)
-    spread = np.kron(shown.reshape(side, side), np.ones((CELL, CELL)))
+    spread = np.kron(shown.reshape(grid), np.ones((CELL, CELL)))
     return Image.fromarray((base * spread[..., None]).astype(np.uint8))
 
 

@@ -166,17 +166,16 @@ def _vision_weights(shape: ModelShape) -> int:
     vision = shape.vision
     mlp = (3 if vision.gated_mlp else 2) * vision.hidden * vision.intermediate
     embedding = (vision.patch_channels * vision.patch_size**2 + vision.encoder_tokens) * vision.hidden
-    projector = vision.projector_hidden * (vision.hidden * vision.spatial_merge**2 + shape.text.hidden)
-    return vision.layers * (4 * vision.hidden**2 + mlp) + embedding + projector
+    return vision.layers * (4 * vision.hidden**2 + mlp) + embedding + shape.projector_weights
 
 
 def _activations(plan: Plan, target: Target, size: int) -> int:
     """Of the widest graph, in bytes; `size` is that of an element. One sequence at a time, whatever the batch."""
     shape, request = plan.recipe.shape, plan.request
-    rows = request.images * plan.schedule.vision_tokens + request.text_tokens
+    rows = request.images * shape.vision.units * plan.schedule.vision_tokens + request.text_tokens
     sizes = [_segment_activations(shape.text, rows, size, scores=target.lowering == "portable")]
     if request.images:
-        sizes.append(_vision_activations(shape.vision, request.images, size))
+        sizes.append(_vision_activations(shape.vision, size))
         sizes += [_stage_activations(shape.text, stage.tokens_in, plan, size) for stage in plan.schedule.stages]
     return max(sizes)
 
@@ -194,10 +193,11 @@ def _segment_activations(text: TextShape, rows: int, size: int, *, scores: bool)
     return rows * (2 * text.hidden + query + key) * size + max(attention, mlp) + text.vocab * size
 
 
-def _vision_activations(vision: VisionShape, images: int, size: int) -> int:
-    """All tiles of all images at once: pixels, then the larger of attention with all its scores and MLP."""
-    tiles, rows = images * vision.tiles, vision.encoder_tokens
-    pixels = tiles * 3 * vision.image_size**2 * size
+def _vision_activations(vision: VisionShape, size: int) -> int:
+    """All tiles of one image at once (images go through one after the other): pixels, then the larger of attention
+    with all its scores and MLP."""
+    tiles, rows = vision.tiles, vision.encoder_tokens
+    pixels = tiles * vision.patches * vision.patch_channels * vision.patch_size**2 * size
     heads = math.ceil(vision.hidden / VISION_HEAD_DIM)
     attention = tiles * (6 * rows * vision.hidden * size + heads * rows**2 * SCORE_BYTES)
     mlp = tiles * rows * (2 * vision.hidden + (3 if vision.gated_mlp else 2) * vision.intermediate) * size
@@ -207,7 +207,8 @@ def _vision_activations(vision: VisionShape, images: int, size: int) -> int:
 def _stage_activations(text: TextShape, tokens: int, plan: Plan, size: int) -> int:
     """Hidden, query and key come in, merged goes out; scores of the text columns and the windows' tokens in float32."""
     request = plan.request
-    rows = request.images * tokens + request.text_tokens
+    units = request.images * plan.recipe.shape.vision.units
+    rows = units * tokens + request.text_tokens
     interface = rows * (2 * text.hidden + (text.heads + text.kv_heads) * text.head_dim) * size
     scores = text.heads * rows * request.text_tokens * SCORE_BYTES
-    return interface + max(scores, 3 * request.images * tokens * text.hidden * 4)
+    return interface + max(scores, 3 * units * tokens * text.hidden * 4)

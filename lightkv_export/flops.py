@@ -37,8 +37,7 @@ class Flops:
 
 def vision_flops(vision: VisionShape) -> int:
     """FLOPs of the vision encoder for one image (all its tiles)."""
-    patches = (vision.image_size // vision.patch_size) ** 2
-    embedding = patches * vision.patch_channels * vision.patch_size**2 * vision.hidden
+    embedding = vision.patches * vision.patch_channels * vision.patch_size**2 * vision.hidden
     mlp_matrices = 3 if vision.gated_mlp else 2
     weights = 4 * vision.hidden**2 + mlp_matrices * vision.hidden * vision.intermediate
     global_layers = vision.global_layers if vision.attention_window else vision.layers
@@ -49,12 +48,9 @@ def vision_flops(vision: VisionShape) -> int:
 
 
 def projector_flops(shape: ModelShape) -> int:
-    """FLOPs of the two-matrix projector for one image: it sees every patch of every tile, before any are cropped."""
-    vision = shape.vision
-    folded = vision.spatial_merge**2
-    rows = vision.tiles * (vision.image_size // vision.patch_size) ** 2 // folded
-    weights = vision.projector_hidden * (vision.hidden * folded + shape.text.hidden)
-    return FLOPS_PER_MAC * rows * weights
+    """FLOPs of the projector for one image: it sees every patch of every tile, before any are cropped."""
+    rows = shape.vision.tiles * shape.vision.patches // shape.vision.spatial_merge**2
+    return FLOPS_PER_MAC * rows * shape.projector_weights
 
 
 def prefill_layer_flops(text: TextShape, rows: int) -> int:

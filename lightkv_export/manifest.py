@@ -1,17 +1,17 @@
 """What a bundle says about itself: the contents of `lightkv.json` as frozen dataclasses. Standard library only.
 
-`check_manifest` refuses contradictions; `manifest_json` turns a manifest into text and back.
+`manifest_checks` refuses contradictions; `manifest_json` turns a manifest into text and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightkv_export.errors import BundleError, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "lightkv.json"
 KEEP_TOLERANCE = 1e-6
 
@@ -57,14 +57,89 @@ class KeepStage:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """One compression level: the share asked for, the share achieved, its stages, and vision tokens cached per layer
-    (per image)."""
+class KeepPlan:
+    """What a keep does to units of `tokens` vision tokens: the share of them it keeps, averaged over the layers, its
+    stages, and the vision tokens of one unit that each layer caches."""
 
-    requested: float
+    tokens: int
     keep: float
     stages: tuple[KeepStage, ...]
     vision_tokens_per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """One compression level: the share asked for, and a plan for every different unit of the bundle's sizes.
+
+    `keep`, `stages` and `vision_tokens_per_layer` are those of the default size's units, for display.
+    """
+
+    requested: float
+    plans: tuple[KeepPlan, ...]
+
+    @property
+    def keep(self) -> float:
+        """The share achieved for the default size."""
+        return self.plans[0].keep
+
+    @property
+    def stages(self) -> tuple[KeepStage, ...]:
+        """The stages for the default size."""
+        return self.plans[0].stages
+
+    @property
+    def vision_tokens_per_layer(self) -> tuple[int, ...]:
+        """Vision tokens that each layer caches of one unit of the default size."""
+        return self.plans[0].vision_tokens_per_layer
+
+    def plan_for(self, tokens: int) -> KeepPlan:
+        """The plan for units of `tokens` vision tokens.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for plan in self.plans:
+            if plan.tokens == tokens:
+                return plan
+        have = ", ".join(str(plan.tokens) for plan in self.plans)
+        raise BundleError(f"keep {self.requested:g} has no plan for {tokens} vision tokens", expected=f"one of: {have}")
+
+
+@dataclass(frozen=True)
+class Size:
+    """An image size that the bundle takes, and all that follows from it, as the checkpoint's own processor does it.
+
+    Attributes:
+        width, height: pixels.
+        tokens: vision tokens of one unit. A unit is a run of vision tokens that is merged on its own: a whole image,
+            or one tile of it.
+        units: units per image.
+        prompt: what stands for one image in the rendered chat text: the image token `units` times, and any text
+            around it.
+        geometry: how pixels are cut, as `runtime.image` takes it; depends on the kind of preprocessing.
+        tables: file of constant arrays (npz): the vision graph's inputs besides pixel values, by name; for mRoPE
+            also "positions" int64 [3, units * tokens], relative to the position of the image's first token.
+        advance: mRoPE: how far the position after the image lies from its first one. None for 1-D positions.
+    """
+
+    width: int
+    height: int
+    tokens: int
+    units: int
+    prompt: str
+    geometry: Mapping[str, Any]
+    tables: str | None = None
+    advance: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Width x height, as in "672x504"."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def image_tokens(self) -> int:
+        """Vision tokens of one image."""
+        return self.units * self.tokens
 
 
 @dataclass(frozen=True)
@@ -97,9 +172,9 @@ class Preprocess:
 class Manifest:
     """Everything a runtime needs to know before it opens a graph.
 
-    `max_tokens` is the longest uncompressed sequence (vision + text + new tokens) of a request; `image_tokens` counts
-    the vision tokens of one image in the uncompressed sequence. `files` holds every file but the manifest itself,
-    paths relative to the bundle with forward slashes.
+    `max_tokens` is the longest uncompressed sequence (vision + text + new tokens) of a request. The first of `sizes`
+    is the default. After each of `deepstack_layers`, features of the vision graph are added to the hidden states of
+    vision tokens. `files` holds every file but the manifest itself, paths relative to the bundle with forward slashes.
     """
 
     format_version: int = FORMAT_VERSION
@@ -118,11 +193,12 @@ class Manifest:
     graphs: tuple[Graph, ...]
     embedding: Embedding
     image_token_id: int
-    image_tokens: int
+    sizes: tuple[Size, ...]
     eos_token_ids: tuple[int, ...]
     preprocess: Preprocess
     source: Mapping[str, Any]
     tools: Mapping[str, Any]
+    deepstack_layers: tuple[int, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def keep_named(self, keep: float | None = None) -> Keep:
@@ -143,6 +219,21 @@ class Manifest:
             fix=f"choose one of these, or export the bundle again with --keep {wanted:g} added",
         )
 
+    def size_named(self, name: str) -> Size:
+        """The size called `name`, such as "672x504".
+
+        Raises:
+            UserError: the bundle has no such size; the message lists those it has.
+        """
+        for size in self.sizes:
+            if size.name == name:
+                return size
+        raise UserError(
+            f"bundle {self.name!r} has no image size {name}",
+            expected=f"one of: {', '.join(size.name for size in self.sizes)}",
+            fix=f"choose one of these, or export the bundle again with --image-size {name} added",
+        )
+
     def graph_named(self, name: str) -> Graph:
         """The graph called `name`.
 
@@ -153,16 +244,6 @@ class Manifest:
             if graph.name == name:
                 return graph
         raise BundleError(f"no graph named {name!r}", expected=f"one of: {', '.join(g.name for g in self.graphs)}")
-
-
-def check_manifest(manifest: Manifest) -> None:
-    """Refuse a manifest that contradicts itself.
-
-    Raises:
-        BundleError: names the contradiction.
-    """
-    for problem in _problems(manifest):
-        raise BundleError(f"{MANIFEST_NAME}: {problem}", fix="export the bundle again")
 
 
 def check_path(name: str) -> str:
@@ -180,53 +261,6 @@ def check_path(name: str) -> str:
             fix="do not use this bundle unless you know who made it; export it again",
         )
     return name
-
-
-def _problems(m: Manifest) -> Iterator[str]:
-    """Contradictions inside a manifest, in words."""
-    for name in m.files:
-        check_path(name)
-    names = {graph.name for graph in m.graphs}
-    num_layers = {len(keep.vision_tokens_per_layer) for keep in m.keeps}
-    if m.dtype not in FLOAT_DTYPES:
-        yield f"dtype {m.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}"
-    if PROTOCOLS.get(m.lowering) != m.cache_protocol:
-        yield f"lowering {m.lowering!r} with cache protocol {m.cache_protocol!r}; known pairs: {PROTOCOLS}"
-    if m.rope not in ROPES:
-        yield f"rope {m.rope!r} is not one of {', '.join(ROPES)}"
-    if len(names) != len(m.graphs):
-        yield "two graphs have the same name"
-    if len(num_layers) != 1:
-        yield "the keeps disagree about the number of layers"
-    if not any(keep.keep == 1.0 and not keep.stages for keep in m.keeps):
-        yield "keep 1.0 (the uncompressed model) is missing"
-    if not any(m.default_keep in (keep.requested, keep.keep) for keep in m.keeps):
-        yield f"default_keep {m.default_keep} is not among the keeps"
-    for stage in (stage for keep in m.keeps for stage in keep.stages):
-        if stage.graph not in names:
-            yield f"a stage after layer {stage.layer} uses graph {stage.graph!r}, which does not exist"
-    yield from _graph_problems(m, num_layers)
-
-
-def _graph_problems(m: Manifest, num_layers: set[int]) -> Iterator[str]:
-    """The part of `_problems` about graphs and the files that they use."""
-    end = 0
-    for graph in m.graphs:
-        if graph.role not in ROLES:
-            yield f"graph {graph.name!r} has role {graph.role!r}, not one of {', '.join(ROLES)}"
-        for tensor in graph.inputs + graph.outputs:
-            if tensor.dtype not in TENSOR_DTYPES:
-                yield f"graph {graph.name!r}: {tensor.name!r} has unknown dtype {tensor.dtype!r}"
-        if graph.role == "segment":
-            if graph.layers is None or graph.layers[0] != end:
-                yield f"segment {graph.name!r} has layers {graph.layers}, expected them to start at {end}"
-                return
-            end = graph.layers[1]
-    if {end} != num_layers:
-        yield f"the segments end at layer {end}, the keeps have {num_layers} layers"
-    for file in (*(graph.file for graph in m.graphs), m.embedding.file):
-        if m.files and file not in m.files:
-            yield f"{check_path(file)!r} is used but not listed in files"
 
 
 def _is_unicode(name: str) -> bool:

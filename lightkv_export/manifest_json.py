@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightkv_export.errors import BundleError
-from lightkv_export.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, check_manifest
+from lightkv_export.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from lightkv_export.manifest_checks import check_manifest
 
 CHECKSUM_KEY = "manifest_sha256"
 LINE_WIDTH = 120

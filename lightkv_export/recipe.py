@@ -9,121 +9,32 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightkv_export.errors import UserError
+from lightkv_export.shapes import ModelShape, RecipeSize, StageSpec, TextShape, VisionShape, parse_image_size
+
+__all__ = [
+    "POSITIONS",
+    "ModelShape",
+    "Recipe",
+    "RecipeSize",
+    "StageSpec",
+    "TextShape",
+    "VisionShape",
+    "load_recipe",
+    "parse_image_size",
+    "recipe_directory",
+    "recipe_from_toml",
+    "recipe_names",
+]
 
 POSITIONS = ("restart", "original", "contiguous")
-MAX_DISCARD_RATIO = 0.5  # a token of set A can only merge into one of set B, and A is half of a window
 
 _T = TypeVar("_T")
 _TYPES = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """Sizes of the language model. Its MLP is gated (three matrices), as in LLaMA, Mistral and Qwen2."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """Sizes of the vision encoder and of the projector, for the recipe's default image size.
-
-    Attributes:
-        tokens: vision tokens of one image in the language model's sequence.
-        tiles: encoder passes per image (LLaVA-NeXT cuts an image into tiles).
-        encoder_tokens: tokens of one tile inside the encoder, CLS included.
-        layers: encoder layers that run (LLaVA-1.5 reads the last but one, so 23 of 24).
-        hidden, intermediate: encoder width and MLP width.
-        patch_size, image_size: side of a patch and of a tile, in pixels.
-        projector_hidden: width between the projector's two matrices.
-        spatial_merge: patches per side that the projector folds into one vision token.
-        patch_channels: channels of a patch (6 where an image is fed as two frames).
-        gated_mlp: the encoder's MLP has three matrices, not two.
-        attention_window: tokens that a windowed encoder layer attends to; 0 if every layer attends to the whole tile.
-        global_layers: with `attention_window`, how many layers attend to the whole tile all the same.
-    """
-
-    tokens: int
-    tiles: int
-    encoder_tokens: int
-    layers: int
-    hidden: int
-    intermediate: int
-    patch_size: int
-    image_size: int
-    projector_hidden: int
-    spatial_merge: int = 1
-    patch_channels: int = 3
-    gated_mlp: bool = False
-    attention_window: int = 0
-    global_layers: int = 0
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a plan needs to know about a model: sizes, no weights."""
-
-    family: str
-    text: TextShape
-    vision: VisionShape
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One stage as written by a person: it runs after decoder layer `layer` (0-based), in windows_per_side² windows.
-
-    Raises:
-        UserError: a negative layer, fewer than one window per side, or a ratio outside (0, 0.5].
-    """
-
-    layer: int
-    windows_per_side: int
-    discard_ratio: float
-
-    def __post_init__(self) -> None:
-        for name, least in (("layer", 0), ("windows_per_side", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(
-                    f"stage {self}: {name} is {value!r}",
-                    expected=f"a whole number of at least {least}",
-                    fix="write a stage as LAYER:WINDOWS:RATIO, e.g. 12:4:0.5",
-                )
-        if not 0 < self.discard_ratio <= MAX_DISCARD_RATIO:
-            raise UserError(
-                f"stage {self}: the discard ratio is {self.discard_ratio!r}",
-                expected=f"more than 0 and at most {MAX_DISCARD_RATIO} (the share of its vision tokens merged away)",
-                fix=f"use a ratio of at most {MAX_DISCARD_RATIO}; to discard more, add a stage",
-            )
-
-    def __str__(self) -> str:
-        return f"{self.layer}:{self.windows_per_side}:{self.discard_ratio}"
-
-    @classmethod
-    def parse(cls, text: str) -> StageSpec:
-        """Read "LAYER:WINDOWS:RATIO", e.g. "12:4:0.5": after layer 12, in 4 x 4 windows, discard half."""
-        try:
-            layer, windows, ratio = text.split(":")
-            values = int(layer), int(windows), float(ratio)
-        except ValueError:
-            raise UserError(
-                f"stage {text!r} cannot be read",
-                expected="LAYER:WINDOWS:RATIO (two whole numbers and a number up to 0.5)",
-                fix="write e.g. 12:4:0.5: after layer 12, in 4 x 4 windows, discard half of the vision tokens",
-            ) from None
-        return cls(*values)
 
 
 @dataclass(frozen=True)
@@ -138,6 +49,7 @@ class Recipe:
         schedules: keep as asked for -> stages that reach it.
         positions: how layers behind a stage number their tokens, one of POSITIONS.
         tolerances: thresholds of `lightkv verify` that this model overrides.
+        sizes: image sizes that an export without --image-size has, the default first; empty: the family's own.
     """
 
     name: str
@@ -149,6 +61,29 @@ class Recipe:
     schedules: Mapping[float, tuple[StageSpec, ...]]
     positions: str = "restart"
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    sizes: tuple[RecipeSize, ...] = ()
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of the sizes that the recipe lists."""
+        return tuple(parse_image_size(size.image) for size in self.sizes)
+
+    def at_size(self, width: int, height: int) -> Recipe:
+        """This recipe for images of `width` x `height` pixels, for planning.
+
+        Raises:
+            UserError: the recipe does not list that size, so its vision tokens are not known here.
+        """
+        if (width, height) not in self.image_sizes:
+            listed = ", ".join(size.image for size in self.sizes) or "none"
+            raise UserError(
+                f"how many vision tokens {self.name} has for an image of {width}x{height} is not known without its "
+                "processor",
+                expected=f"a size that the recipe lists: {listed}",
+                fix="leave --image-size out to plan for the default, or export with it: lightkv inspect then tells",
+            )
+        size = self.sizes[self.image_sizes.index((width, height))]
+        return replace(self, shape=replace(self.shape, vision=size.shape(self.shape.vision)))
 
 
 def recipe_names() -> list[str]:
@@ -183,7 +118,7 @@ def recipe_from_toml(text: str, name: str) -> Recipe:
         table = toml.loads(text)
     except toml.TOMLDecodeError as error:
         raise UserError(f"{where} is not valid TOML: {error}", fix="correct the file at that place") from None
-    optional = {"revision": None, "positions": "restart", "schedule": [], "tolerances": {}}
+    optional = {"revision": None, "positions": "restart", "schedule": [], "tolerances": {}, "size": []}
     required = ("family", "checkpoint", "windows", "text", "vision")
     _check_keys(table, (*required, *optional), required, where)
     values = optional | table
@@ -203,6 +138,7 @@ def recipe_from_toml(text: str, name: str) -> Recipe:
         schedules=_schedules(values["schedule"], where),
         positions=values["positions"],
         tolerances=_tolerances(values["tolerances"], where),
+        sizes=_sizes(values["size"], vision_shape, where),
     )
 
 
@@ -244,6 +180,22 @@ def _schedules(entries: Any, where: str) -> dict[float, tuple[StageSpec, ...]]:
     return schedules
 
 
+def _sizes(entries: Any, vision: VisionShape, where: str) -> tuple[RecipeSize, ...]:
+    """[[size]] tables, each `image = "640x427"` and `tokens = 2144`; the first one is what [vision] describes."""
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: size is a single table", expected="an array of tables, [[size]]")
+    sizes = tuple(_from_table(RecipeSize, entry, f"{where}: [[size]]") for entry in entries)
+    images = [parse_image_size(size.image) for size in sizes]
+    if len(set(images)) < len(images):
+        raise UserError(f"{where}: a [[size]] is given twice", expected="each image size once")
+    if sizes and sizes[0].shape(vision) != vision:
+        raise UserError(
+            f"{where}: the first [[size]], {sizes[0].image}, has other counts than [vision]",
+            expected="the default size first, with the counts of [vision]",
+        )
+    return sizes
+
+
 def _tolerances(table: Any, where: str) -> dict[str, float]:
     if not isinstance(table, dict):
         raise UserError(f"{where}: tolerances is {table!r}", expected="a table, [tolerances]")
@@ -260,7 +212,7 @@ def _from_table(cls: type[_T], table: Any, where: str) -> _T:
         if item.name in table:
             value = table[item.name]
             _check_type(value, str(item.type), f"{where} {item.name}")
-            if value < (1 if item.name in required else 0):
+            if not isinstance(value, str) and value < (1 if item.name in required else 0):
                 raise UserError(f"{where} {item.name} = {value}", expected="a positive size")
     return cls(**table)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import isqrt
 
 from lightkv_export import flops
 from lightkv_export.errors import UserError
@@ -26,6 +27,7 @@ __all__ = [
     "Stage",
     "plan",
     "schedule_from_keep",
+    "schedule_from_other",
     "schedule_from_stages",
     "tokens_after",
     "tokens_discarded",
@@ -35,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a schedule; `tokens_in` and `tokens_out` are vision tokens of one image."""
+    """A stage of a schedule; `tokens_in` and `tokens_out` are vision tokens of one unit."""
 
     layer: int
     windows_per_side: int
@@ -50,7 +52,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of one keep; `vision_tokens` is per image, `requested` the keep asked for (None: stages given)."""
+    """The stages of one keep; `vision_tokens` is per unit (see `VisionShape`), `requested` the keep asked for (None:
+    stages given)."""
 
     requested: float | None
     num_layers: int
@@ -59,7 +62,7 @@ class Schedule:
 
     @property
     def vision_tokens_per_layer(self) -> tuple[int, ...]:
-        """Vision tokens of one image that each layer caches, length `num_layers`."""
+        """Vision tokens of one unit that each layer caches, length `num_layers`."""
         counts = [self.vision_tokens] * self.num_layers
         for stage in self.stages:
             after = self.num_layers - (stage.layer + 1)
@@ -142,7 +145,7 @@ def schedule_from_stages(num_layers: int, vision_tokens: int, specs: Sequence[St
 def schedule_from_keep(recipe: Recipe, keep: float, vision_tokens: int | None = None) -> Schedule:
     """A schedule whose keep is within 0.01 of `keep`: the recipe's own nearest one if there is one, else solved.
 
-    1.0 means no stages. `vision_tokens` per image default to the recipe's. Module `solver` says how stages are placed.
+    1.0 means no stages. `vision_tokens` per unit default to the recipe's. Module `solver` says how stages are placed.
 
     Raises:
         UserError: a keep outside (0, 1], or one that no stages reach; names the range and the stages at its ends.
@@ -166,10 +169,33 @@ def schedule_from_keep(recipe: Recipe, keep: float, vision_tokens: int | None = 
     return replace(schedule, requested=keep)
 
 
+def schedule_from_other(recipe: Recipe, other: Schedule, vision_tokens: int) -> Schedule:
+    """`other` for units of `vision_tokens` tokens, as another image size has them.
+
+    Stages stay at their layers, with fewer windows where the skip rule asks for it, as long as their keep stays within
+    0.01 of the one asked for: then both sizes need the same cuts between segments. Else the keep is solved anew.
+
+    Raises:
+        UserError: stages that were given explicitly do nothing here, or the keep is out of reach.
+    """
+    layers = other.num_layers
+    if other.requested is None:
+        return schedule_from_stages(layers, vision_tokens, [stage.spec for stage in other.stages])
+    specs, left = [], vision_tokens
+    for stage in other.stages:
+        side = max(1, min(stage.windows_per_side, isqrt(left // MIN_TOKENS_PER_WINDOW)))
+        specs.append(StageSpec(stage.layer, side, stage.discard_ratio))
+        left = tokens_after(left, side, stage.discard_ratio)
+    same = _usable(layers, vision_tokens, specs)
+    if same is None or abs(same.keep - other.requested) > KEEP_TOLERANCE:
+        return schedule_from_keep(recipe, other.requested, vision_tokens)
+    return replace(same, requested=other.requested)
+
+
 def plan(recipe: Recipe, schedule: Schedule, request: Request) -> Plan:
     """Cache bytes and FLOPs of `request`, compressed by `schedule` and uncompressed.
 
-    Bytes: batch x Σ layers (images v_l + text + new tokens) x 2 x kv_heads x head_dim x bytes per element. FLOPs:
+    Bytes: batch x Σ layers (images units v_l + text + new tokens) x 2 x kv_heads x head_dim x bytes per element. FLOPs:
     the prompt, then one pass per generated token, so that every cached row is computed (convention: module `flops`).
     """
     vanilla = Schedule(1.0, schedule.num_layers, schedule.vision_tokens, ())
@@ -221,29 +247,30 @@ def _usable(num_layers: int, vision_tokens: int, specs: Sequence[StageSpec]) -> 
 
 def _kv_bytes_per_layer(shape: ModelShape, schedule: Schedule, request: Request) -> tuple[int, ...]:
     row = 2 * shape.text.kv_heads * shape.text.head_dim * request.kv_bytes_per_element  # key and value
-    return tuple(request.batch * row * (rows + request.new_tokens) for rows in _prompt_rows(schedule, request))
+    return tuple(request.batch * row * (rows + request.new_tokens) for rows in _prompt_rows(shape, schedule, request))
 
 
-def _prompt_rows(schedule: Schedule, request: Request) -> list[int]:
+def _prompt_rows(shape: ModelShape, schedule: Schedule, request: Request) -> list[int]:
     """Tokens of one sequence's prompt that each layer sees."""
-    return [request.images * count + request.text_tokens for count in schedule.vision_tokens_per_layer]
+    units = request.images * shape.vision.units
+    return [units * count + request.text_tokens for count in schedule.vision_tokens_per_layer]
 
 
 def _flops(shape: ModelShape, schedule: Schedule, request: Request) -> Flops:
-    text, rows = shape.text, _prompt_rows(schedule, request)
+    text, rows = shape.text, _prompt_rows(shape, schedule, request)
+    units = request.images * shape.vision.units
     one_sequence = Flops(
         vision=request.images * flops.vision_flops(shape.vision),
         projector=request.images * flops.projector_flops(shape),
         prefill=sum(flops.prefill_layer_flops(text, count) for count in rows),
-        stages=sum(_stage_flops(text, stage, request) for stage in schedule.stages) if request.images else 0,
+        stages=sum(_stage_flops(text, stage, units, request.text_tokens) for stage in schedule.stages) if units else 0,
         decode=sum(flops.decode_layer_flops(text, count, request.new_tokens) for count in rows),
         lm_head=flops.lm_head_flops(text, 1 + request.new_tokens),  # the prompt's last row samples the first token
     )
     return one_sequence.times(request.batch)
 
 
-def _stage_flops(text: TextShape, stage: Stage, request: Request) -> int:
-    rows = request.images * stage.tokens_in + request.text_tokens
+def _stage_flops(text: TextShape, stage: Stage, units: int, text_tokens: int) -> int:
     windows = window_members(stage.tokens_in, stage.windows_per_side)
     merge = flops.merge_flops(text, (len(window) for window in windows))
-    return flops.importance_flops(text, rows, request.text_tokens) + request.images * merge
+    return flops.importance_flops(text, units * stage.tokens_in + text_tokens, text_tokens) + units * merge

@@ -140,15 +140,27 @@ class Segment(nn.Module):
         first_layer: global index of the first one.
         rotary: the model's rotary embedding module.
         protocol: "scatter" or "append".
-        norm, head: final norm and language-model head; both or neither (last segment).
+        tail: final norm and language-model head, for the last segment.
         emit_query: whether a stage follows, which needs the last layer's query and key.
+        deepstack: global indexes of the layers behind which vision features are added to the hidden states.
     """
 
-    def __init__(self, layers, first_layer, rotary, protocol, *, norm=None, head=None, emit_query=False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        first_layer: int,
+        rotary: nn.Module,
+        protocol: str,
+        *,
+        tail: tuple[nn.Module, nn.Module] | None = None,
+        emit_query: bool = False,
+        deepstack: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.rotary, self.norm, self.head = rotary, norm, head
+        self.rotary, (self.norm, self.head) = rotary, tail or (None, None)
         self.first_layer, self.protocol, self.emit_query = first_layer, PROTOCOLS[protocol], emit_query
+        self.deepstack = tuple(deepstack)
 
     def forward(
         self,
@@ -156,13 +168,17 @@ class Segment(nn.Module):
         position_ids: Tensor,  # [1, S] int64, or [3, 1, S] for multimodal RoPE
         past_len: Tensor,  # [1] int64, valid rows in the caches
         caches: list[Tensor],  # key, value per layer: [1, 1, C, Hkv*d]
+        features: list[Tensor],  # [1, S, D] per DeepStack layer of this segment, zero in the rows of text
         logits_index: Tensor | None = None,  # [1] int64, the row whose logits are wanted (last segment)
     ) -> tuple[Tensor, ...]:
         """-> (hidden_out or logits, query and key if emitted, key and value cache outputs per layer)."""
         cache = self.protocol(past_len, caches, self.first_layer, hidden.shape[1])
         positions = self.rotary(hidden, position_ids)
-        for layer in self.layers:
+        added = dict(zip(self.deepstack, features, strict=True))
+        for index, layer in enumerate(self.layers, self.first_layer):
             hidden = layer(hidden, position_embeddings=positions, position_ids=position_ids, segment_cache=cache)
+            if index in added:
+                hidden = hidden + added[index]
         if self.head is not None:
             hidden = self.head(self.norm(hidden.index_select(1, logits_index))).squeeze(1)
         stage_inputs = [cache.query, cache.key] if self.emit_query else []

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightkv_export.errors import UserError
 from lightkv_export.families.base import Family
 from lightkv_export.segment import ATTENTION_NAME
+from lightkv_export.weights import TensorRef, same_bytes
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,25 @@ class Skeleton:
         return {name: self.names[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
-def load_skeleton(directory: Path, family: Family, dtype: torch.dtype) -> Skeleton:
+def load_skeleton(
+    directory: Path, family: Family, dtype: torch.dtype, stored: Mapping[str, TensorRef] | None = None
+) -> Skeleton:
     """Builds the architecture of `directory`'s config.json with fake parameters of `dtype`.
 
-    The decoder gets this package's attention; the vision side attends with primitive operators, which all targets take.
+    `stored` are the checkpoint's tensors. What config.json calls tied is tied unless different values are stored for it
+    (InternVL3's head and token embedding), as transformers does it when it loads weights. The decoder gets this
+    package's attention; the vision side attends as the family says, with primitive operators that all targets take.
     `trust_remote_code` stays off.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "eager"}
+    attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": family.vision_attention}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    model.tie_weights()  # init_empty_weights wraps every parameter anew, which unties them
+    if not _differ(model, stored or {}):
+        model.tie_weights()  # init_empty_weights wraps every parameter anew, which unties them
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -75,6 +81,24 @@ def checkpoint_names(model: nn.Module, stored: Mapping[str, object]) -> dict[str
 
     Raises UserError for parameters that the checkpoint lacks, and for tensors that would have to be rearranged.
     """
+    found = _renamed(model, stored)
+    missing = [name for name, _ in model.named_parameters() if name not in found]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"the checkpoint lacks {shown}", fix="check that the download is complete and its config.json right"
+        )
+    return found
+
+
+def _differ(model: nn.Module, stored: Mapping[str, TensorRef]) -> bool:
+    """Whether other values are stored for a tied parameter than for the one that it is tied to."""
+    found = _renamed(model, stored) if model.all_tied_weights_keys else {}
+    pairs = [pair for pair in model.all_tied_weights_keys.items() if found.keys() >= set(pair)]
+    return any(not same_bytes(*(stored[found[name]] for name in pair)) for pair in pairs)
+
+
+def _renamed(model: nn.Module, stored: Mapping[str, object]) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -90,10 +114,4 @@ def checkpoint_names(model: nn.Module, stored: Mapping[str, object]) -> dict[str
                 f"tensor {key} is stored in a form that must be rearranged", fix="save it again with save_pretrained"
             )
         found[name if name in state else key] = key
-    missing = [name for name, _ in model.named_parameters() if name not in found]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(
-            f"the checkpoint lacks {shown}", fix="check that the download is complete and its config.json right"
-        )
     return found

@@ -20,7 +20,7 @@ from lightkv_export.recipe import recipe_directory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 WEIGHTS_VERSION = 1  # raise it when `random_llava` gives other weights for the same config and seed
 GAINS = {"q_proj": 2.0, "k_proj": 2.0}  # by the module's name; all others 1
@@ -62,13 +62,20 @@ def random_llava(config: Path | LlavaConfig, seed: int) -> LlavaForConditionalGe
         config = LlavaConfig.from_pretrained(config)
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights of its own, unused
         model = LlavaForConditionalGeneration(config).float()
+    return randomized(model, seed)
+
+
+def randomized(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Any float32 model of transformers with its weights overwritten in place, for inference; see the module's text."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         weight.data.copy_(_random(name, weight.shape, generator))
     return model.eval()
 
 
-def save_llava(model: LlavaForConditionalGeneration, out: Path, files: list[Path]) -> None:
+def save_llava(model: PreTrainedModel, out: Path, files: list[Path]) -> None:
     """Writes a checkpoint that `from_pretrained` loads: the model, and copies of the tokenizer and processor files.
 
     A config.json among `files` is left out: the model's own is written.

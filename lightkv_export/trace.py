@@ -7,11 +7,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from lightkv_export.export_plan import stage_name
 from lightkv_export.families.base import Family
 from lightkv_export.manifest import Tensor as Spec
 from lightkv_export.recipe import TextShape
@@ -23,14 +25,8 @@ from lightkv_export.stages.lightkv import StageGraph
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAX_LENGTH = 1 << 20  # upper bound of every dynamic axis; the real limits are the bundle's
-EXAMPLE_SIZES = {
-    "N": 2,
-    "S": 61,
-    "C": 96,
-    "T": 37,
-    "I": 2,
-    "R": 53,
-}  # pairwise different, so that no two axes are taken for one
+EXAMPLE_SIZES = {"N": 2, "G": 6, "S": 61, "C": 96, "T": 37, "I": 2, "R": 53}
+SPARE_SIZES = (7, 11, 13, 17, 19, 23)  # for further symbols; all differ, so that no two axes are taken for one
 
 
 @dataclass(frozen=True)
@@ -59,22 +55,57 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def _example(spec: Spec) -> Tensor:
-    return torch.zeros([EXAMPLE_SIZES.get(n, n) for n in spec.shape], dtype=TORCH_DTYPES[spec.dtype])
+@dataclass(frozen=True)
+class _Axis:
+    """A dynamic axis as specs write it: "S" or, for a multiple of a symbol, "4*G"."""
+
+    symbol: str
+    factor: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> _Axis:
+        factor, _, symbol = text.rpartition("*")
+        return cls(symbol, int(factor or 1))
 
 
-def _export(module: nn.Module, inputs: Sequence[Spec], nested: slice | None = None) -> ExportedProgram:
-    """Exports `module` for `inputs`, every named axis dynamic; the inputs in `nested` go in as one list.
+class _Axes:
+    """The dynamic axes of one program: an example size and a torch dimension for every symbol.
 
-    The axes start at 2 because torch reasons about strides there and ONNX has no such bound: the graphs run at 1 too.
+    They start at 2 because torch reasons about strides there and ONNX has no such bound: the graphs run at 1 too.
     """
-    dims = {name: Dim(name, min=2, max=MAX_LENGTH) for spec in inputs for name in spec.shape if isinstance(name, str)}
-    axes = [{axis: dims[n] for axis, n in enumerate(spec.shape) if n in dims} for spec in inputs]
-    args = [_example(spec) for spec in inputs]
-    if nested is not None:
-        args, axes = ([*x[: nested.start], list(x[nested]), *x[nested.stop :]] for x in (args, axes))
+
+    def __init__(self, specs: Sequence[Spec]) -> None:
+        symbols = {_Axis.parse(size).symbol: None for spec in specs for size in spec.shape if isinstance(size, str)}
+        spare = iter(SPARE_SIZES)
+        self.sizes = {name: EXAMPLE_SIZES.get(name) or next(spare) for name in symbols}
+        self.dims = {name: Dim(name, min=2, max=MAX_LENGTH) for name in symbols}
+
+    def example(self, spec: Spec) -> Tensor:
+        shape = [axis.factor * self.sizes[axis.symbol] if axis else spec.shape[at] for at, axis in self._of(spec)]
+        return torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype])
+
+    def dynamic(self, spec: Spec) -> dict[int, Any]:
+        """Axis number -> dimension, as `torch.export` takes it."""
+        found = {}
+        for at, axis in self._of(spec):
+            if axis is not None:
+                dim = self.dims[axis.symbol]
+                found[at] = dim if axis.factor == 1 else axis.factor * dim
+        return found
+
+    def _of(self, spec: Spec) -> Iterator[tuple[int, _Axis | None]]:
+        for at, size in enumerate(spec.shape):
+            yield at, _Axis.parse(size) if isinstance(size, str) else None
+
+
+def _export(module: nn.Module, inputs: Sequence[Spec], nested: Sequence[slice] = ()) -> ExportedProgram:
+    """Exports `module` for `inputs`, every named axis dynamic; the inputs in each slice of `nested` are one list."""
+    axes = _Axes(inputs)
+    args, dynamic = [axes.example(spec) for spec in inputs], [axes.dynamic(spec) for spec in inputs]
+    for part in sorted(nested, key=lambda part: -part.start):  # from the end, so that the other slices stay right
+        args, dynamic = ([*x[: part.start], list(x[part]), *x[part.stop :]] for x in (args, dynamic))
     with quiet(), torch.no_grad():
-        return torch.export.export(module.eval(), tuple(args), dynamic_shapes=tuple(axes), strict=False)
+        return torch.export.export(module.eval(), tuple(args), dynamic_shapes=tuple(dynamic), strict=False)
 
 
 class _Vision(nn.Module):
@@ -82,18 +113,38 @@ class _Vision(nn.Module):
         super().__init__()
         self.family, self.whole = family, model
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.family.image_features(self.whole, pixel_values)
+    def forward(self, inputs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        return self.family.image_features(self.whole, *inputs)
 
 
-def trace_vision(skeleton: Skeleton, image_size: int, tokens: int) -> Traced:
-    """`pixel_values` [N, 3, H, W] -> `image_features` [N, v, D]."""
-    module, dtype = _Vision(skeleton.family, skeleton.model), DTYPE_NAMES[skeleton.dtype]
-    inputs = (Spec("pixel_values", dtype, ("N", 3, image_size, image_size)),)
-    outputs = (Spec("image_features", dtype, ("N", tokens, skeleton.text.config.hidden_size)),)
+def trace_vision(skeleton: Skeleton) -> Traced:
+    """The family's inputs -> `image_features` [..., D] and a `deepstack_{l}` like it per DeepStack layer l."""
+    family, config = skeleton.family, skeleton.model.config
+    module, dtype = _Vision(family, skeleton.model), DTYPE_NAMES[skeleton.dtype]
+    inputs = family.vision_inputs(config, dtype)
+    names = ["image_features", *(deepstack_name(layer) for layer in family.deepstack_layers(config))]
     with skeleton.fake:
-        program = _export(module, inputs)
+        program = _export(module, inputs, [slice(0, len(inputs))])
+    outputs = tuple(Spec(name, dtype, shape) for name, shape in zip(names, _shapes(program, inputs), strict=True))
     return Traced("vision", "vision", program, inputs, outputs, skeleton.weights_of(module))
+
+
+def deepstack_name(layer: int) -> str:
+    """Output of the vision graph and input of the segment that holds decoder layer `layer`."""
+    return f"deepstack_{layer}"
+
+
+def _shapes(program: ExportedProgram, inputs: Sequence[Spec]) -> list[tuple[int | str, ...]]:
+    """The outputs' shapes as the trace found them: an axis is a number, an input's axis by its name, or "F{axis}"."""
+    nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    named: dict[str, str] = {}
+    for name, spec in zip(program.graph_signature.user_inputs, inputs, strict=True):
+        for found, size in zip(nodes[name].shape, spec.shape, strict=True):
+            named[str(found)] = str(size)
+    return [
+        tuple(size if isinstance(size, int) else named.get(str(size), f"F{at}") for at, size in enumerate(value.shape))
+        for value in (nodes[name] for name in program.graph_signature.user_outputs)
+    ]
 
 
 def trace_segment(
@@ -103,16 +154,17 @@ def trace_segment(
 
     Its inputs and outputs are those of `segment_specs`.
     """
-    text = skeleton.text
+    text, family = skeleton.text, skeleton.family
     last = layers[1] == len(text.layers)
+    deepstack = [layer for layer in family.deepstack_layers(skeleton.model.config) if layer in range(*layers)]
     module = Segment(
         text.layers[slice(*layers)],
         layers[0],
-        text.rotary_emb,
+        family.rotary(skeleton.model),
         protocol,
-        norm=text.norm if last else None,
-        head=skeleton.family.head(skeleton.model) if last else None,
+        tail=(text.norm, family.head(skeleton.model)) if last else None,
         emit_query=emit_query,
+        deepstack=deepstack,
     )
     attention, config = module.layers[0].self_attn, text.config
     row = config.num_key_value_heads * attention.head_dim
@@ -122,27 +174,52 @@ def trace_segment(
         row,
         config.vocab_size if last else 0,
     )
-    inputs, outputs = segment_specs(layers, widths, DTYPE_NAMES[skeleton.dtype], protocol, emit_query=emit_query)
-    if skeleton.family.rope == "mrope":
-        inputs = tuple(Spec(s.name, s.dtype, (3, 1, "S")) if s.name == "position_ids" else s for s in inputs)
+    inputs, outputs = segment_specs(
+        layers,
+        widths,
+        DTYPE_NAMES[skeleton.dtype],
+        protocol,
+        emit_query=emit_query,
+        position_axes=3 if family.rope == "mrope" else 0,
+        deepstack=deepstack,
+    )
+    caches = 3 + 2 * (layers[1] - layers[0])
     with skeleton.fake:
-        program = _export(module, inputs, slice(3, 3 + 2 * (layers[1] - layers[0])))
+        program = _export(module, inputs, [slice(3, caches), slice(caches, caches + len(deepstack))])
     return Traced(f"segment_{index}", "segment", program, inputs, outputs, skeleton.weights_of(module), layers)
 
 
 def segment_specs(
-    layers: tuple[int, int], widths: tuple[int, int, int, int], dtype: str, protocol: str, *, emit_query: bool
+    layers: tuple[int, int],
+    widths: tuple[int, int, int, int],
+    dtype: str,
+    protocol: str,
+    *,
+    emit_query: bool,
+    position_axes: int = 0,
+    deepstack: Sequence[int] = (),
 ) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-    """Names, dtypes and shapes of a segment's inputs and outputs; widths = (hidden, query, key, vocabulary or 0)."""
+    """Names, dtypes and shapes of a segment's inputs and outputs.
+
+    Args:
+        layers: [first, last).
+        widths: (hidden, query, key, vocabulary or 0 if it is not the last segment).
+        dtype, protocol: as in the manifest.
+        emit_query: whether query and key of the last layer are outputs.
+        position_axes: 3 for mRoPE, else 0.
+        deepstack: its layers with DeepStack features.
+    """
     hidden, query, row, vocab = widths
     slots = [f"{kind}_{{}}_{layer}" for layer in range(*layers) for kind in ("key", "value")]
     caches = tuple(Spec(slot.format("cache"), dtype, (1, 1, "C", row)) for slot in slots)
     inputs = (
         Spec("hidden", dtype, (1, "S", hidden)),
-        Spec("position_ids", "int64", (1, "S")),
+        Spec("position_ids", "int64", (position_axes, 1, "S") if position_axes else (1, "S")),
         Spec("past_len", "int64", (1,)),
+        *caches,
+        *(Spec(deepstack_name(layer), dtype, (1, "S", hidden)) for layer in deepstack),
     )
-    inputs += caches + ((Spec("logits_index", "int64", (1,)),) if vocab else ())
+    inputs += (Spec("logits_index", "int64", (1,)),) if vocab else ()
     outputs = (Spec("logits", dtype, (1, vocab)) if vocab else Spec("hidden_out", dtype, (1, "S", hidden)),)
     if emit_query:
         outputs += (Spec("query", dtype, (1, "S", query)), Spec("key", dtype, (1, "S", row)))
@@ -151,11 +228,6 @@ def segment_specs(
     else:
         outputs += tuple(Spec(slot.format("new"), dtype, (1, 1, "S", row)) for slot in slots)
     return inputs, outputs
-
-
-def stage_name(stage: Stage) -> str:
-    """Two keeps that merge alike share a graph: the name says all that its constants depend on."""
-    return f"stage_v{stage.tokens_in}_w{stage.windows_per_side}_r{stage.discard_ratio:g}"
 
 
 def trace_stage(text: TextShape, stage: Stage, dtype: torch.dtype) -> Traced:

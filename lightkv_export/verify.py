@@ -1,75 +1,41 @@
 """The gate: a bundle against the PyTorch reference. Made for CI.
 
 At keep 1.0 the reference is Hugging Face's `generate` on the unmodified model, token for token; at every keep it is the
-eager model with the same stages, logits and tokens. Both run on the reference's tokens (teacher forcing): where every
-step's best token is the reference's, free greedy decoding gives the same text. Cache bytes, as counted, must equal the
-plan.
+eager model with the same stages, logits and tokens, for every image size. Both run on the reference's tokens (teacher
+forcing): where every step's best token is the reference's, free greedy decoding gives the same text. Pixel values must
+be the checkpoint's own processor's, and cache bytes, as counted, the plan's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lightkv_export.checkpoint import checkpoint_directory
 from lightkv_export.errors import BackendError, UserError
 from lightkv_export.families import family_named, resolve_recipe
-from lightkv_export.manifest import Keep, Manifest
-from lightkv_export.recipe import Recipe, StageSpec
+from lightkv_export.manifest import Keep, Manifest, Size
+from lightkv_export.recipe import Recipe
 from lightkv_export.reference import EagerSession, Encoded, Reference
 from lightkv_export.report import Check
 from lightkv_export.runtime import load
 from lightkv_export.runtime.generation import Request
+from lightkv_export.runtime.image import pixel_values
 from lightkv_export.runtime.model import Model
 from lightkv_export.schedule import Request as PlanRequest
 from lightkv_export.schedule import Schedule, Stage, plan
 from lightkv_export.tolerances import Tolerances, tolerances_for
 from lightkv_export.trace import TORCH_DTYPES
+from lightkv_export.verify_cases import CASES, Case, pictures_for, stages_of, with_other_sizes
 
+PIXELS = 1e-5  # largest difference of a pixel value, as a share of the largest value
 OnCase = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A conversation: each turn is a text and the number of images shown with it."""
-
-    name: str
-    turns: tuple[tuple[str, int], ...]
-
-
-LONG = (
-    "Look at the picture and tell me, in the order in which you notice them, " + "what stands out, " * 12 + "and why."
-)
-CASES = (
-    Case("text only", (("Tell me something about the sea.", 0),)),
-    Case("one image", (("What is in the picture?", 1),)),
-    Case("one image, long prompt", ((LONG, 1),)),
-    Case("two images", (("Which of the two pictures is brighter?", 2),)),
-    Case("second turn", (("What is in the picture?", 1), ("And what is behind it?", 0))),
-)
-
-
-def pictures(count: int) -> list[Image.Image]:
-    """Deterministic test pictures of different sizes: gradients, discs and noise, so that no two patches are alike."""
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        height, width = 240 + 60 * index, 320 - 40 * index
-        y, x = np.mgrid[0:height, 0:width]
-        pixels = np.stack([255 * x / width, 255 * y / height, 128 + 0 * x], axis=-1)
-        for _ in range(6):
-            centre, radius = rng.integers(0, (height, width)), rng.integers(20, 70)
-            inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
-            pixels[inside] = rng.integers(0, 256, 3)
-        made.append(Image.fromarray(np.clip(pixels + rng.normal(0, 12, pixels.shape), 0, 255).astype(np.uint8)))
-    return made
 
 
 @dataclass(frozen=True)
@@ -118,8 +84,8 @@ def verify_bundle(
     bundle = load(path, threads=threads)
     manifest = bundle.manifest
     recipe, against = against_from_bundle(bundle, model, new_tokens)
-    cases = [case for case in cases if _fits(case, against, manifest)]
-    checks: list[Check] = []
+    cases = [case for case in with_other_sizes(cases, manifest) if _fits(case, against, manifest)]
+    checks: list[Check] = list(_pixels(cases, against, manifest))
     for done, case in enumerate(cases):
         for keep in manifest.keeps:
             on_case(f"{case.name}, keep {keep.requested:g}", done, len(cases))
@@ -133,12 +99,26 @@ def verify_bundle(
 
 def _fits(case: Case, against: Against, manifest: Manifest) -> bool:
     """Whether images and tokens of the whole conversation stay within the bundle's limits."""
-    num_images = sum(images for _, images in case.turns)
-    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": " ".join(text for text, _ in case.turns)}]
-    prompt = against.reference.encode([{"role": "user", "content": parts}], pictures(num_images))
+    shown = [picture.image for picture in pictures_for(case, manifest)]
+    parts = [{"type": "image"}] * len(shown) + [{"type": "text", "text": " ".join(text for text, _ in case.turns)}]
+    prompt = against.reference.encode([{"role": "user", "content": parts}], shown)
     margin = 32 * len(case.turns)  # what a template writes around a turn
     tokens = len(prompt.ids) + len(case.turns) * against.new_tokens + margin
-    return num_images <= manifest.max_images and tokens <= manifest.max_tokens
+    return len(shown) <= manifest.max_images and tokens <= manifest.max_tokens
+
+
+def _pixels(cases: Sequence[Case], against: Against, manifest: Manifest) -> Iterator[Check]:
+    """The runtime's preprocessing against the checkpoint's own, for every size that a case shows alone."""
+    for case in cases:
+        if case.num_images != 1 or len(case.turns) != 1:
+            continue
+        (shown,) = pictures_for(case, manifest)
+        expected = np.asarray(against.reference.image_inputs([shown.image])["pixel_values"])
+        found = pixel_values(manifest.preprocess, shown.image, shown.size)
+        same = expected.size == found.size
+        difference = np.abs(found - expected.reshape(found.shape)).max() / np.abs(expected).max() if same else np.inf
+        note = f"shape {found.shape}, the processor's {expected.shape}"
+        yield _at_most(case.name, manifest.keep_named(1.0), "pixel values, relative", float(difference), PIXELS, note)
 
 
 def against_from_bundle(bundle: Model, model: str | None, new_tokens: int) -> tuple[Recipe, Against]:
@@ -150,7 +130,7 @@ def against_from_bundle(bundle: Model, model: str | None, new_tokens: int) -> tu
     positions = manifest.positions if model else asked
     family = family_named(recipe.family)
     checkpoint = checkpoint_directory(recipe.checkpoint, recipe.revision)
-    reference = Reference(checkpoint, family, manifest.image_tokens)
+    reference = Reference(checkpoint, family)
     limits = tolerances_for(manifest.dtype, manifest.source["tolerances"])
     return recipe, Against(reference, positions, new_tokens, limits)
 
@@ -159,22 +139,33 @@ def _conversation(bundle: Model, against: Against, case: Case, keep: Keep) -> It
     """Checks of one case at one keep, turn by turn."""
     reference = against.reference
     session = bundle.session(keep.requested)
-    shown = pictures(sum(images for _, images in case.turns))
-    chunks: list[tuple[Encoded, int]] = []
+    shown = pictures_for(case, bundle.manifest)
+    chunks: list[_Turn] = []
     done = 0
     for turn, (text, num_images) in enumerate(case.turns):
         new, done = shown[done : done + num_images], done + num_images
-        session.append(text, new)
-        prompt = reference.encode([message.as_dict() for message in session.messages], shown[:done])
-        chunks.append((Encoded(prompt.ids, reference.image_inputs(new)), len(prompt.ids)))
-        tokens, expected = _reference_answer(against, chunks, keep, bundle.manifest.eos_token_ids)
+        session.append(text, [picture.image for picture in new])
+        messages = [message.as_dict() for message in session.messages]
+        prompt = reference.encode(messages, [picture.image for picture in shown[:done]])
+        inputs = reference.image_inputs([picture.image for picture in new])
+        chunks.append(_Turn(len(prompt.ids), inputs, [tokens for picture in new for tokens in picture.units]))
+        tokens, expected = _reference_answer(against, prompt, chunks, keep, bundle.manifest.eos_token_ids)
         found: list[np.ndarray] = []
         session.generate(Request(forced=tuple(tokens), on_logits=partial(_append_copy, found)))
         name = case.name if len(case.turns) == 1 else f"{case.name} ({turn + 1})"
         yield from _compare(name, keep, Compared(np.stack(expected), np.stack(found), tokens), against.limits)
-        if not keep.stages and bundle.manifest.dtype == "float32":
+        if not stages_of(keep) and bundle.manifest.dtype == "float32":
             generated = reference.generate(prompt, against.new_tokens)
             yield _against_generate(name, keep, generated, tokens, expected, against.limits)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn as the reference takes it: where it ends in the prompt, inputs of its images, and their units."""
+
+    end: int
+    image_inputs: Mapping[str, Any]
+    units: Sequence[int]
 
 
 def _append_copy(rows: list[np.ndarray], row: np.ndarray) -> None:
@@ -182,14 +173,13 @@ def _append_copy(rows: list[np.ndarray], row: np.ndarray) -> None:
 
 
 def _reference_answer(
-    against: Against, chunks: Sequence[tuple[Encoded, int]], keep: Keep, eos: Sequence[int]
+    against: Against, prompt: Encoded, chunks: Sequence[_Turn], keep: Keep, eos: Sequence[int]
 ) -> tuple[list[int], list[np.ndarray]]:
     """Greedy tokens and logits of the eager model with the keep's stages; every turn's prompt is one chunk."""
-    stages = [StageSpec(stage.layer, stage.windows_per_side, stage.discard_ratio) for stage in keep.stages]
-    session, ids, done = EagerSession(against.reference, stages, against.positions), chunks[-1][0].ids, 0
-    for chunk, end in chunks:
-        logits = session.feed(ids[done:end].tolist(), chunk.image_inputs)
-        done = end
+    session, done = EagerSession(against.reference, stages_of(keep), against.positions), 0
+    for turn in chunks:
+        logits = session.feed(prompt.ids[done : turn.end].tolist(), turn.image_inputs, turn.units)
+        done = turn.end
     tokens, chosen_by = session.greedy(logits, against.new_tokens, eos)
     return tokens, [row.numpy() for row in chosen_by]
 
@@ -226,20 +216,30 @@ def _against_generate(
     return Check(case, keep.requested, "tokens of generate", same, f"= {len(generated)}", whole or tie, note)
 
 
-def _cache_bytes(bundle: Model, recipe, case: Case, keep: Keep) -> Check:
+def _cache_bytes(bundle: Model, recipe: Recipe, case: Case, keep: Keep) -> Check:
     """Bytes that the runtime counts for the case's first turn against the planner's, to the byte."""
     text, num_images = case.turns[0]
-    result = bundle.run(text, pictures(num_images), keep=keep.requested, max_new_tokens=2)
-    request = PlanRequest(
-        text_tokens=result.prompt_tokens - num_images * bundle.manifest.image_tokens,
-        new_tokens=2,
-        images=num_images,
-        kv_bytes_per_element=TORCH_DTYPES[bundle.manifest.dtype].itemsize,
+    shown = pictures_for(case, bundle.manifest)[:num_images]
+    result = bundle.run(text, [picture.image for picture in shown], keep=keep.requested, max_new_tokens=2)
+    sizes = [picture.size for picture in shown]
+    text_tokens = result.prompt_tokens - sum(size.image_tokens for size in sizes)
+    bytes_per_element = TORCH_DTYPES[bundle.manifest.dtype].itemsize
+    planned = _planned_bytes(
+        recipe, keep, bundle.manifest.sizes[0], PlanRequest(text_tokens, 2, 1, 0, bytes_per_element)
     )
-    stages = [Stage(s.layer, s.windows_per_side, s.discard_ratio, s.tokens_in, s.tokens_out) for s in keep.stages]
-    schedule = Schedule(None, recipe.shape.text.layers, bundle.manifest.image_tokens, tuple(stages))
-    planned = plan(recipe, schedule, request).kv_bytes
+    for size in sizes:  # images of different sizes add up
+        planned += _planned_bytes(recipe, keep, size, PlanRequest(0, 0, 1, 1, bytes_per_element))
     return Check(case.name, keep.requested, "cache bytes", result.kv_bytes, f"= {planned}", result.kv_bytes == planned)
+
+
+def _planned_bytes(recipe: Recipe, keep: Keep, size: Size, request: PlanRequest) -> int:
+    stages = [
+        Stage(s.layer, s.windows_per_side, s.discard_ratio, s.tokens_in, s.tokens_out)
+        for s in keep.plan_for(size.tokens).stages
+    ]
+    vision = replace(recipe.shape.vision, tokens=size.tokens, units=size.units)
+    recipe = replace(recipe, shape=replace(recipe.shape, vision=vision))
+    return plan(recipe, Schedule(None, recipe.shape.text.layers, size.tokens, tuple(stages)), request).kv_bytes
 
 
 def _at_most(case: str, keep: Keep, metric: str, value: float, limit: float, note: str) -> Check:

@@ -21,7 +21,7 @@ from lightkv_export.checkpoint import checkpoint_directory
 from lightkv_export.families import family_named
 from lightkv_export.frozen_sets import FrozenSet, Question, load_set
 from lightkv_export.recipe import Recipe, StageSpec, load_recipe
-from lightkv_export.reference import Chunk, EagerSession, Reference
+from lightkv_export.reference import Chunk, EagerSession, Reference, Vision
 from lightkv_export.runtime.image import decode
 from lightkv_export.stages import importance
 
@@ -76,26 +76,27 @@ class Asker:
 
     def __init__(self, recipe: Recipe, frozen: FrozenSet) -> None:
         checkpoint = checkpoint_directory(recipe.checkpoint, recipe.revision)
-        self.reference = Reference(checkpoint, family_named(recipe.family), recipe.shape.vision.tokens)
+        self.reference = Reference(checkpoint, family_named(recipe.family))
+        self.units = (recipe.shape.vision.tokens,)
         self.frozen = frozen
 
     @torch.no_grad()
     def judge(self, task: Task, routes: Collection[Route]) -> dict[Route, Judged]:
         """The model's answer along every route."""
         image = Image.fromarray(decode(self.frozen.images[task.question.image]))
-        features = self.reference.image_features(self.reference.image_inputs([image]))
+        vision = self.reference.vision(self.reference.image_inputs([image]), self.units)
         answer, judged = self._answer(task.question), {}
         with self.reference.recording():
-            merge = self._merge(task, image, features, routes)
+            merge = self._merge(task, image, vision, routes)
             session, ids = EagerSession(self.reference, ()), self._ids(task.question.text, image)
-            for route, end, chunk in walk(session, session.begin(ids, features), routes, merge):
+            for route, end, chunk in walk(session, session.begin(ids, vision), routes, merge):
                 end.seen += len(ids)
                 rows = torch.cat([end.logits(chunk), self._forced(end, answer[:-1])]).log_softmax(-1)
                 chosen = rows[torch.arange(len(answer)), answer]
                 judged[route] = Judged(bool((rows.argmax(-1) == answer).all()), -float(chosen.mean()))
         return judged
 
-    def _merge(self, task: Task, image: Image.Image, features: torch.Tensor, routes: Collection[Route]) -> Merge:
+    def _merge(self, task: Task, image: Image.Image, vision: Vision, routes: Collection[Route]) -> Merge:
         """The merge of every guidance. For "shuffled", the guide's question is asked first and its weights are kept."""
         guided = [route for route in routes if route and route[0].guidance == "shuffled"]
         scores: dict[Route, torch.Tensor] = {}
@@ -109,7 +110,7 @@ class Asker:
 
         if guided:
             session = EagerSession(self.reference, ())
-            for _ in walk(session, session.begin(self._ids(task.guide, image), features), guided, record):
+            for _ in walk(session, session.begin(self._ids(task.guide, image), vision), guided, record):
                 pass
 
         def merge(session: EagerSession, chunk: Chunk, route: Route) -> Chunk:

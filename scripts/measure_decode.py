@@ -35,14 +35,14 @@ def filled_sequence(bundle: Path, fill: int, threads: int | None) -> Sequence:
     session.append("What is in the picture?", [np.zeros((96, 96, 3), np.uint8)])
     session.generate(Request(forced=(7,)))
     for _ in range(fill - session.sequence.length):
-        session.sequence.step(Tokens.of([7], -1, 0, ()), {})
+        session.sequence.step(Tokens.of([7], -1), {})
     return session.sequence
 
 
 def step_ms(sequence: Sequence, fill: int) -> float:
     """One decode step at this fill; the new row is forgotten afterwards."""
     start = time.perf_counter()
-    sequence.step(Tokens.of([7], -1, 0, ()), {})
+    sequence.step(Tokens.of([7], -1), {})
     elapsed = 1000 * (time.perf_counter() - start)
     sequence.rollback(fill)
     return elapsed

@@ -11,9 +11,11 @@ from lightkv_export.bundle import (
     Embedding,
     Graph,
     Keep,
+    KeepPlan,
     KeepStage,
     Manifest,
     Preprocess,
+    Size,
     Tensor,
 )
 
@@ -49,13 +51,13 @@ def small_manifest(**changes: object) -> Manifest:
         "max_images": 2,
         "default_keep": 0.75,
         "keeps": (
-            Keep(1.0, 1.0, (), (VISION_TOKENS,) * LAYERS),
-            Keep(0.75, 0.75, (stage,), (16, 16, 8, 8)),
+            Keep(1.0, (KeepPlan(VISION_TOKENS, 1.0, (), (VISION_TOKENS,) * LAYERS),)),
+            Keep(0.75, (KeepPlan(VISION_TOKENS, 0.75, (stage,), (16, 16, 8, 8)),)),
         ),
         "graphs": _graphs(),
         "embedding": Embedding(WEIGHTS, 0, "float32", (32, HIDDEN)),
         "image_token_id": 31,
-        "image_tokens": VISION_TOKENS,
+        "sizes": (Size(56, 56, VISION_TOKENS, 1, "<image>", {}),),
         "eos_token_ids": (2,),
         "preprocess": Preprocess("clip", {"size": {"shortest_edge": 56}, "image_mean": [0.5, 0.5, 0.5]}),
         "source": {"checkpoint": "none", "revision": None, "recipe": "hand-made"},

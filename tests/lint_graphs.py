@@ -210,6 +210,12 @@ PAIRS = [
     Pair("mixed-types", "trt10.3", TWO.format("float"), TWO.format("float16")),
     Pair("mixed-types", "cpu", TWO.format("float"), attention(dtype="float"), 24),
     Pair("dynamic-axis", "trt10.3", "g (float16[1,W] x) => (float16[1,W] y) { y = Relu(x) }", unary("Relu")),
+    Pair(
+        "dynamic-axis",
+        "trt10.3",
+        "g (float16[?,8] pixel_values) => (float16[?,8] y) { y = Relu(pixel_values) }",
+        "g (float16[W,8] pixel_values) => (float16[W,8] y) { y = Relu(pixel_values) }",  # the image sizes say what W is
+    ),
     Pair("dynamic-axis", "trt10.3", "g (float16[1,?] x) => (float16[1,?] y) { y = Relu(x) }", unary("Relu")),
     Pair("cache-capacity", "trt10.16", CAPACITIES.format(96, 64) + JOIN, CAPACITIES.format(96, 96) + JOIN),
     Pair("tensor-volume", "trt10.3", HUGE.format(32768), HUGE.format(32767)),

@@ -54,7 +54,7 @@ def alone(asker: Asker, question: Question, specs: tuple[StageSpec, ...], positi
     tokenizer = asker.reference.processor.tokenizer
     answer = [*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     session = EagerSession(asker.reference, specs, positions)
-    rows = [session.feed(prompt.ids.tolist(), prompt.image_inputs)]
+    rows = [session.feed(prompt.ids.tolist(), prompt.image_inputs, asker.units)]
     rows += [session.feed([token]) for token in answer[:-1]]
     chosen = torch.stack(rows).log_softmax(-1)
     loss = -float(chosen[torch.arange(len(answer)), answer].mean())

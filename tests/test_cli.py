@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from bundle_factory import VISION_TOKENS, WEIGHTS, small_bundle
+from toy_sizes import SizedToy
 
 from lightkv_export import __version__
 from lightkv_export.cli import COMMANDS, main
@@ -211,6 +212,24 @@ def test_the_extras_table_matches_the_package_metadata():
             assert name.replace("_", "-") in section.replace("_", "-"), f"{name} is not in the extra {extra}"
 
 
+@pytest.mark.parametrize("size", ["336", "336x", "0x336", "336x336x3", "-1x2", "wide"])
+def test_an_image_size_that_cannot_be_read(size, capsys):
+    for command in (["export", "tiny-llava"], ["plan", "tiny-llava", "--keep", "0.55"]):
+        assert main([*command, f"--image-size={size}"]) == 2
+        error = capsys.readouterr().err
+        assert f"image size {size!r} cannot be read" in error and "write e.g. 640x427" in error
+
+
+def test_a_video_is_refused(tmp_path, capsys):
+    bundle = str(SizedToy().bundle(tmp_path / "b").path)
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom")
+    assert (
+        main(["run", bundle, "--image", str(tmp_path / "clip.mp4"), "--prompt", "What happens?", "--threads", "1"]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "clip.mp4' is a video" in error and "take frames out of it" in error
+
+
 # --- inspect ------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +266,24 @@ def test_inspect_json(tmp_path, capsys):
     text = document["request"]["text_tokens"] + document["request"]["new_tokens"]
     assert full["kv_bytes"] == full["kv_bytes_vanilla"] == 4 * (VISION_TOKENS + text) * 2 * 4 * 4
     assert full["kv_bytes"] - compressed["kv_bytes"] == 2 * (VISION_TOKENS // 2) * 2 * 4 * 4
+
+
+def test_inspect_lists_the_sizes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    bundle = str(SizedToy().bundle(tmp_path / "b").path)
+    assert main(["inspect", bundle]) == 0
+    text = capsys.readouterr().out
+    for expected in ("8x8 (default)", "8x16", "16 (8x8)", "24 (16x8)", "0.9"):
+        assert expected in text, expected
+    assert main(["inspect", bundle, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    square, wide, tall = document["sizes"]
+    assert (square["name"], wide["name"], tall["name"]) == ("8x8", "16x8", "8x16")
+    assert (tall["units"], tall["tokens"], tall["vision_tokens"]) == (2, 16, 32)
+    keep = document["keeps"][1]
+    assert square["kv_bytes"]["0.83"] == keep["kv_bytes"] < keep["kv_bytes_vanilla"] == square["kv_bytes"]["1"]
+    assert wide["keeps"]["0.9"] < square["keeps"]["0.9"] == 1.0, "keep 0.9 merges units of 24 alone"
+    assert tall["kv_bytes"]["1"] - square["kv_bytes"]["1"] == 3 * 16 * 2 * 8 * 4
 
 
 def test_inspect_names_damage(tmp_path, capsys):

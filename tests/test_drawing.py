@@ -8,10 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 from toy_model import IMAGE_SIZE, ToyModel
+from toy_sizes import SizedToy
 
 from lightkv_export.cli import main
-from lightkv_export.drawing import CELL, GAP, HEADER, TITLE, Merges, Row, draw_merges, follow_merges, token_contents
+from lightkv_export.drawing import (
+    CELL,
+    GAP,
+    HEADER,
+    LEGEND,
+    TITLE,
+    Merges,
+    Row,
+    Seen,
+    draw_merges,
+    follow_merges,
+    seen_units,
+    token_contents,
+)
 from lightkv_export.errors import UserError
+from lightkv_export.manifest import Preprocess, Size
 from lightkv_export.runtime.generation import StageTrace
 from lightkv_export.runtime.importance import prompt_importance
 
@@ -48,13 +63,13 @@ def picture(side: int = 2, size: int = 3) -> np.ndarray:
 
 def test_patches_show_what_their_token_holds():
     first, second = follow_merges(TRACES)
-    shown = token_contents(picture(), first)
+    shown = token_contents(picture(), first, (2, 2))
     mean = 0.25 * np.array(RED) + 0.75 * np.array(GREEN)
     np.testing.assert_array_equal(shown[4, 1], BLUE)
     np.testing.assert_array_equal(shown[4, 4], GREY)
     np.testing.assert_allclose(shown[1, 4], mean, atol=1)
     np.testing.assert_allclose(shown[1, 1], 0.7 * mean + 0.3 * 255, atol=1)  # merged away: paler
-    shown = token_contents(picture(), second)
+    shown = token_contents(picture(), second, (2, 2))
     mean = 0.125 * np.array(RED) + 0.375 * np.array(GREEN) + 0.5 * np.array(GREY)
     np.testing.assert_allclose(shown[4, 4], mean, atol=1)
     np.testing.assert_allclose(shown[1, 4], 0.7 * mean + 0.3 * 255, atol=1)
@@ -68,8 +83,8 @@ def stages_of(owner: list[int]) -> tuple[Merges, ...]:
 
 
 def test_the_picture_is_the_same_every_time_and_marks_what_differs():
-    seen = picture(size=8)
-    rows = [Row("one?", "yes", stages_of([1, 1, 2, 3])), Row("two?", "no", stages_of([2, 1, 2, 3]))]
+    seen = [Seen(picture(size=8), (2, 2))]
+    rows = [Row("one?", "yes", (stages_of([1, 1, 2, 3]),)), Row("two?", "no", (stages_of([2, 1, 2, 3]),))]
     drawn = np.asarray(draw_merges(seen, rows))
     np.testing.assert_array_equal(drawn, np.asarray(draw_merges(seen, rows)))
     assert np.asarray(draw_merges(seen, rows[:1])).shape[0] < drawn.shape[0]
@@ -88,9 +103,53 @@ def test_the_picture_is_the_same_every_time_and_marks_what_differs():
     assert outline.min() > inside.max(), "the survivor is outlined"
 
 
+def test_every_tile_has_its_own_rows():
+    units = (stages_of([1, 1, 2, 3, 4, 5]), stages_of([0, 1, 2, 5, 4, 5]))
+    one, two = Row("one?", "yes", units[:1]), Row("one?", "yes", units)
+    tiles = [Seen(np.full((20, 30, 3), shade, np.uint8), (2, 3)) for shade in (50, 200)]
+    whole, first = np.asarray(draw_merges(tiles, [two])), np.asarray(draw_merges(tiles[:1], [one]))
+    height = HEADER + TITLE + 2 * CELL + GAP
+    assert whole.shape == (first.shape[0] + height, GAP + 2 * (3 * CELL + GAP), 3)
+    panel = slice(GAP + HEADER + TITLE, GAP + HEADER + TITLE + 2 * CELL)
+    np.testing.assert_array_equal(whole[panel], first[panel])
+    left = GAP + 3 * CELL + GAP
+    assert whole[panel][CELL + 5, left + 5].max() < 60 and whole[panel.start + height + 5, left + 5].min() > 190
+
+
+class FakeModel:
+    """As much of a model as `seen_units` looks at."""
+
+    def __init__(self, kind: str, size: Size, settings: dict | None = None) -> None:
+        self.manifest = self
+        self.preprocess, self.sizes = Preprocess(kind, settings or {}), (size,)
+
+
+IMAGE = np.random.default_rng(1).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+TILES = {"tile": 8, "resize": [[16, 8]], "canvas": [16, 8], "overview": None}
+SETTINGS = {"resample": 3, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+
+
+def test_what_a_unit_shows():
+    (seen,) = seen_units(
+        FakeModel(
+            "patches",
+            Size(16, 8, 8, 1, "<i>", {"resize": [16, 8], "patch_size": 2, "merge_size": 2, "temporal_patch_size": 2}),
+            SETTINGS,
+        ),
+        IMAGE,
+    )
+    np.testing.assert_array_equal(seen.picture, IMAGE)
+    assert seen.grid == (2, 4)
+    left, right = seen_units(FakeModel("tiles", Size(16, 8, 4, 2, "<i><i>", TILES), SETTINGS), IMAGE)
+    np.testing.assert_array_equal(np.concatenate([left.picture, right.picture], axis=1), IMAGE)
+    assert left.grid == right.grid == (2, 2)
+
+
 def test_a_grid_is_needed():
-    with pytest.raises(UserError, match="no square grid"):
-        draw_merges(picture(), [Row("?", "", stages_of([1, 1, 2]))])
+    with pytest.raises(UserError, match="10 vision tokens of an image of 16x8 are 2 tiles and line breaks"):
+        seen_units(FakeModel("tiles", Size(16, 8, 10, 1, "<i>", TILES), SETTINGS), IMAGE)
+    with pytest.raises(UserError, match="5 vision tokens are no grid"):
+        seen_units(FakeModel("tiles", Size(16, 8, 5, 2, "<i><i>", TILES), SETTINGS), IMAGE)
 
 
 def test_importance_is_that_of_the_stages():
@@ -133,9 +192,26 @@ def test_inspect_saves_the_picture(bundle, tmp_path, capsys):
         (["--image", "x.png"], "--image without --save-merges"),
         (["--save-merges", "x.png", "--prompt", "Hi"], "without an image and a prompt"),
         (["--save-merges", "x.png", "--prompt", "Hi", "--image", "none.png"], "does not exist"),
-        (["--save-merges", "x.png", "--prompt", "Hi", "--image", "none.png", "--keep", "1"], "merges nothing"),
     ],
 )
 def test_mistakes_get_a_message(bundle, capsys, arguments, message):
     assert main(["inspect", bundle, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_tiles_of_a_bundle_with_sizes(tmp_path, capsys):
+    """8 x 16 px: two tiles of 16 tokens, each merged on its own. 16 x 8 px: one unit of two tiles."""
+    bundle = str(SizedToy().bundle(tmp_path / "sized", model={"text": {"heads": 1, "kv_heads": 1}}).path)
+    for name, size in (("tall", (8, 16)), ("wide", (16, 8))):
+        Image.new("RGB", size, (200, 50, 50)).save(tmp_path / f"{name}.png")
+    words = ["--prompt", "Hi", "--keep", "0.83", "--save-merges", str(tmp_path / "out.png"), "--json", "--threads", "1"]
+    assert main(["inspect", bundle, "--image", str(tmp_path / "tall.png"), *words]) == 0
+    document = json.loads(capsys.readouterr().out)["prompts"][0]
+    assert document["units"] == 2 and document["stages"][0]["tokens_in"] == 16
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.height == GAP + 2 * (HEADER + TITLE + 4 * CELL + GAP) + LEGEND
+    assert main(["inspect", bundle, "--image", str(tmp_path / "wide.png"), *words]) == 2
+    assert "24 vision tokens of an image of 16x8 are 2 tiles" in capsys.readouterr().out
+    words[3] = "1"
+    assert main(["inspect", bundle, "--image", str(tmp_path / "tall.png"), *words]) == 2
+    assert "keep 1 merges nothing in an image of 8x16" in capsys.readouterr().out

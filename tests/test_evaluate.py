@@ -170,15 +170,15 @@ def test_an_image_is_encoded_once(model, small, monkeypatch):
     shown: list[np.ndarray] = []
     real = model.graphs.image_features
 
-    def features(pixels):
+    def features(pixels, size):
         shown.append(pixels)
-        return real(pixels)
+        return real(pixels, size)
 
     monkeypatch.setattr(model.graphs, "image_features", features)
     evaluate(model, small, EvalRequest())
     assert len(shown) == 2
     blind = evaluate(model, small, EvalRequest(blank=True))
-    assert len(shown) == 3 and all(np.ptp(channel) == 0 for channel in shown[-1])
+    assert len(shown) == 3 and all(np.ptp(channel) == 0 for channel in shown[-1][0])
     by_text = dict(zip([q.text for q in small.questions], blind[0].answers, strict=True))
     assert all(by_text[q.text] == answer for q, answer in zip(small.questions, blind[0].answers, strict=True))
 
@@ -186,7 +186,7 @@ def test_an_image_is_encoded_once(model, small, monkeypatch):
 def test_an_encoded_image_must_fit_the_bundle(model):
     rows = np.zeros((IMAGE_TOKENS + 1, D), np.float32)
     with pytest.raises(UserError, match="encoded image of shape"):
-        model.run("Hi", [ImageFeatures(rows)])
+        model.run("Hi", [ImageFeatures(rows, model.manifest.sizes[0])])
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from lightkv_export.reference import EagerSession, Reference  # noqa: E402
 from lightkv_export.runtime import Model, Result, load  # noqa: E402
 from lightkv_export.runtime.generation import Request  # noqa: E402
 from lightkv_export.tolerances import TOLERANCES  # noqa: E402
-from lightkv_export.verify import CASES, pictures, verify_bundle  # noqa: E402
+from lightkv_export.verify import CASES, verify_bundle  # noqa: E402
+from lightkv_export.verify_cases import pictures, stages_of  # noqa: E402
 
 TIE = 1e-5
 NEW_TOKENS = 64
@@ -100,7 +101,7 @@ def test_a_second_turn_runs_on_the_kept_cache(exports: Exports, name: str) -> No
         expected, logits = reference.generate(conversation, images[: 1 + new])
         session.append(text, images[1 : 1 + new])
         result = session.generate(Request(max_new_tokens=NEW_TOKENS))
-        assert result.cached_tokens > session._manifest.image_tokens, "the first image was read again"
+        assert result.cached_tokens > session._manifest.sizes[0].tokens, "the first image was read again"
         assert_same_tokens(result.token_ids, expected, logits)
         session.messages[-2:] = []  # the next question is asked instead of this one
 
@@ -134,8 +135,7 @@ def answer(model: Model, text: str, images: list, keep: float, new_tokens: int) 
 
 
 def eager(exports: Exports, name: str) -> Reference:
-    config = transformers.LlavaConfig.from_pretrained(exports.model(name))
-    return Reference(exports.model(name), FAMILY, config.image_seq_length)
+    return Reference(exports.model(name), FAMILY)
 
 
 @pytest.mark.parametrize(
@@ -145,23 +145,21 @@ def test_compressed_greedy_decoding_equals_eager(exports: Exports, name: str, lo
     """Free running, every keep: logits within 1e-4 and the same 64 tokens."""
     reference, model = eager(exports, name), load(exports.bundle(name, **lowering_option(lowering)), threads=1)
     for keep in model.manifest.keeps[1:]:
-        stages = [StageSpec(stage.layer, stage.windows_per_side, stage.discard_ratio) for stage in keep.stages]
+        stages, tokens_per_image = stages_of(keep), model.manifest.sizes[0].tokens
         assert stages
         for text, num_images in PROMPTS[1:]:
             images = pictures(num_images)
             prompt = reference.encode(messages(text, num_images), images)
-            session = EagerSession(reference, stages)
-            tokens, rows = session.greedy(session.feed(prompt.ids.tolist(), prompt.image_inputs), NEW_TOKENS)
+            session, units = EagerSession(reference, stages), [tokens_per_image] * num_images
+            tokens, rows = session.greedy(session.feed(prompt.ids.tolist(), prompt.image_inputs, units), NEW_TOKENS)
             result, found = answer(model, text, images, keep.requested, NEW_TOKENS)
             assert_same_tokens(result.token_ids, tokens, np.stack([row.numpy() for row in rows]))
             assert len(tokens) == NEW_TOKENS
             difference = [float(np.abs(a - b.numpy()).max()) for a, b in zip(found, rows, strict=True)]
             assert max(difference) <= 1e-4
             assert result.vision_tokens_per_layer == tuple(num_images * n for n in keep.vision_tokens_per_layer)
-            assert (
-                abs(result.keep - np.mean(result.vision_tokens_per_layer) / (num_images * reference.image_tokens))
-                < 1e-9
-            )
+            share = np.mean(result.vision_tokens_per_layer) / (num_images * tokens_per_image)
+            assert abs(result.keep - share) < 1e-9
 
 
 @torch.no_grad()

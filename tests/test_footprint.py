@@ -21,8 +21,8 @@ from lightkv_export.cli import main
 from lightkv_export.filesystem import tree_bytes
 from lightkv_export.runtime import load
 from lightkv_export.runtime.ort import OrtExecutable
-from lightkv_export.verify import pictures
-from lightkv_export.weights import place_weights, read_header
+from lightkv_export.verify_cases import pictures
+from lightkv_export.weights import WeightFiles, read_header
 
 PROMPT = "What is in this picture?"
 
@@ -62,7 +62,7 @@ def test_cache_bytes_are_the_planned_ones(exports: Exports, tmp_path: Path, caps
             images = [part for file in files[:num_images] for part in ("--image", file)]
             setting = ["--keep", keep.requested, "--max-new-tokens", new_tokens, "--threads", 1]
             counted = run_json(capsys, "run", bundle, "--prompt", PROMPT, *images, *setting)
-            text_tokens = counted["prompt_tokens"] - num_images * manifest.image_tokens
+            text_tokens = counted["prompt_tokens"] - num_images * manifest.sizes[0].image_tokens
             request = ["--text-tokens", text_tokens, "--new-tokens", new_tokens, "--images", num_images]
             planned = run_json(
                 capsys, "plan", exports.model(name), *what, *request, "--dtype", options.get("dtype", "fp32")
@@ -217,8 +217,14 @@ def test_linked_shards_of_one_name(tmp_path: Path) -> None:
         groups[f"segment_{number}"] = dict(read_header(file))
     save_file({"half": np.full(4, 2, np.float16)}, tmp_path / "half.safetensors")
     groups["segment_0"] |= read_header(tmp_path / "half.safetensors")
-    placed = place_weights(tmp_path, groups, torch.float32, link=True)
-    found = {name: np.fromfile(ref.file, np.float32, 4, offset=ref.offset).tolist() for name, ref in placed.items()}
+    weights = WeightFiles(tmp_path, torch.float32, link=True)
+    for stem, tensors in groups.items():
+        weights.add(stem, tensors)
+    for file in weights.files():
+        weights.write(file)
+    found = {
+        name: np.fromfile(ref.file, np.float32, 4, offset=ref.offset).tolist() for name, ref in weights.placed.items()
+    }
     assert found == {"wa": [0] * 4, "wb": [1] * 4, "half": [2] * 4}
 
 

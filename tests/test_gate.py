@@ -134,7 +134,9 @@ def test_a_stage_of_other_windows_fails(whole, tmp_path, capsys):
     """The manifest says 1 window of 64 tokens; the graph has the shapes of that, and merges in another order."""
     manifest = open_bundle(whole).manifest
     keep = manifest.keep_named()
-    other = replace(keep, stages=tuple(replace(stage, windows_per_side=2) for stage in keep.stages))
+    (plan,) = keep.plans
+    plan = replace(plan, stages=tuple(replace(stage, windows_per_side=2) for stage in plan.stages))
+    other = replace(keep, plans=(plan,))
     bundle = repack(whole, tmp_path / "bundle", keeps=tuple(other if k == keep else k for k in manifest.keeps))
     status, document = verified(bundle, tmp_path, capsys)
     assert status == 1

@@ -33,19 +33,22 @@ class Layer:
 # The lowest layer first. `__init__` is the package itself (its version).
 LAYERS = (
     Layer.of(
-        "__init__ errors filesystem windows recipe flops solver schedule targets fit advice manifest manifest_json"
-        " bundle tolerances frozen_sets"
+        "__init__ errors filesystem windows shapes recipe flops solver schedule targets fit advice manifest"
+        " manifest_checks manifest_json bundle tolerances frozen_sets digests resume steps"
     ),
     Layer.of("engines"),
     Layer.of("runtime", "numpy tokenizers PIL jinja2 onnxruntime"),
     Layer.of("stages", "numpy torch"),
-    Layer.of("segment tiny", "torch transformers"),
-    Layer.of("checkpoint families"),
+    Layer.of("segment rotary tiny", "torch transformers"),
+    Layer.of("checkpoint families", "numpy"),
     Layer.of("reference", "torch transformers"),
-    Layer.of("assets skeleton trace lower weights", "numpy torch onnx onnx_ir onnxscript safetensors"),
+    Layer.of(
+        "export_plan sizes assets skeleton trace lower weights graph_files",
+        "numpy torch onnx onnx_ir onnxscript safetensors",
+    ),
     Layer.of("lint build", "numpy onnx"),
     Layer.of("pipeline", "numpy torch onnx onnx_ir"),
-    Layer.of("verify verify_set bench evaluate drawing report doctor", "numpy PIL"),
+    Layer.of("verify verify_cases verify_set bench evaluate drawing report doctor", "numpy PIL"),
     Layer.of("cli __main__", "rich"),
 )
 LIGHT = LAYERS[0].modules

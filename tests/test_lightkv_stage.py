@@ -323,7 +323,7 @@ def test_tensorrt_builds_the_graph_with_dynamic_axes() -> None:
 def test_survivors_and_spans_of_two_images() -> None:
     hidden, query, key = torch.randn(2, 60, 8), torch.randn(2, 2, 60, 4), torch.randn(2, 2, 60, 4)
     spans = [(3, 27), (30, 50)]
-    merged, survivors, left = merge_spans(hidden, query, key, spans, 1, 0.5)
+    merged, survivors, left = merge_spans(hidden, query, key, spans, [(1, 0.5)] * len(spans))
     assert left == [(3, 15), (18, 28)] and merged.shape == (2, 38, 8) and survivors.shape == (2, 38)
     assert (survivors.diff() > 0).all()
     text = [*range(3), *range(27, 30), *range(50, 60)]

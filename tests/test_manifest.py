@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bundle_factory import FILES, small_bundle, small_manifest
 
-from lightkv_export.bundle import MANIFEST_NAME, FileEntry, Keep, open_bundle
+from lightkv_export.bundle import MANIFEST_NAME, FileEntry, Keep, KeepPlan, Manifest, Size, Tensor, open_bundle
 from lightkv_export.errors import BundleError, UserError
 from lightkv_export.manifest_json import CHECKSUM_KEY, LINE_WIDTH, checksum, manifest_from_text, manifest_text
 
@@ -64,12 +64,27 @@ def test_integers_may_stand_for_floats_but_not_booleans(tmp_path):
         (lambda d: d.update(dtype="fp16"), "dtype 'fp16'"),
         (lambda d: d.update(default_keep=0.3), "default_keep"),
         (lambda d: d["keeps"].pop(0), "keep 1.0"),
-        (lambda d: d["keeps"][1]["stages"][0].update(graph="gone"), "'gone'"),
+        (lambda d: d["keeps"][1]["plans"][0]["stages"][0].update(graph="gone"), "'gone'"),
         (lambda d: d["graphs"][2].update(layers=[3, 4]), "start at 2"),
         (lambda d: d["graphs"].pop(2), "end at layer 2"),
         (lambda d: d["graphs"][0].update(role="brain"), "'brain'"),
         (lambda d: d["graphs"][0].update(file="onnx/other.onnx"), "not listed in files"),
         (lambda d: d.update(format_version=99), "format version 99"),
+        (lambda d: d.update(format_version=1), "format version 1"),
+        (lambda d: d.update(sizes=[]), "no image size"),
+        (lambda d: d["sizes"].append(d["sizes"][0]), "two image sizes are the same"),
+        (lambda d: d["sizes"][0].update(units=0), "0 units of 16"),
+        (lambda d: d["sizes"][0].update(prompt=""), "empty prompt"),
+        (lambda d: d["sizes"][0].update(advance=4), "which only mRoPE"),
+        (lambda d: d["sizes"][0].update(tables="sizes/56x56.npz"), "not listed in files"),
+        (lambda d: d["sizes"].append({**d["sizes"][0], "width": 112, "tokens": 32}), r"no plan for 32 .*size 112x56"),
+        (lambda d: d["keeps"][1]["plans"][0].update(tokens=8), "does not begin with a plan for the default"),
+        (lambda d: d["keeps"][1].update(plans=[]), "does not begin with a plan for the default"),
+        (lambda d: d["keeps"][1]["plans"].append(d["keeps"][1]["plans"][0]), "two plans for units of one length"),
+        (lambda d: d["keeps"][1]["plans"][0]["stages"][0].update(tokens_in=9), "takes 9 vision tokens, where 16"),
+        (lambda d: d.update(rope="mrope"), "only 'original' serves"),
+        (lambda d: d.update(rope="mrope", positions="original"), "lacks the tables or the advance"),
+        (lambda d: d.update(deepstack_layers=[0]), "no vision graph gives 'deepstack_0'"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path, change, message):
@@ -111,8 +126,41 @@ def test_values_without_a_json_word_are_refused():
         manifest_text(small_manifest(source={0.5: 1}))
 
 
+def _with_deepstack(*layers: int) -> Manifest:
+    """The small manifest with DeepStack features added after `layers`, all of segment 0."""
+    manifest = small_manifest()
+    inputs = tuple(Tensor(f"deepstack_{layer}", "float32", (1, "S", 8)) for layer in layers)
+    vision, first, *others = manifest.graphs
+    vision = dataclasses.replace(vision, outputs=(*vision.outputs, *inputs))
+    first = dataclasses.replace(first, inputs=(*first.inputs, *inputs))
+    return dataclasses.replace(manifest, graphs=(vision, first, *others), deepstack_layers=layers)
+
+
+def test_stages_stand_behind_deepstack():
+    manifest = _with_deepstack(0, 1)
+    assert manifest_from_text(manifest_text(manifest)) == manifest
+    early = KeepPlan(16, 0.75, (dataclasses.replace(manifest.keeps[1].stages[0], layer=0),), (16, 8, 8, 8))
+    wrong = dataclasses.replace(manifest, keeps=(manifest.keeps[0], Keep(0.75, (early,))))
+    with pytest.raises(BundleError, match="stage after layer 0 stands before the DeepStack features of layer 1"):
+        manifest_text(wrong)
+
+
+def test_sizes_and_plans_are_found_by_name_and_length():
+    manifest = small_manifest()
+    wide = Size(112, 56, 32, 1, "<image>", {"resize": [[112, 56]]}, "sizes/112x56.npz", 8)
+    manifest = dataclasses.replace(manifest, sizes=(*manifest.sizes, wide))
+    assert manifest.size_named("112x56") is wide and wide.image_tokens == 32
+    assert manifest_from_text(manifest_text(small_manifest())).sizes == small_manifest().sizes
+    with pytest.raises(UserError, match="no image size 1x1\n.*56x56, 112x56"):
+        manifest.size_named("1x1")
+    keep = manifest.keeps[1]
+    assert keep.plan_for(16).stages == keep.stages and keep.vision_tokens_per_layer == (16, 16, 8, 8)
+    with pytest.raises(BundleError, match="no plan for 32 vision tokens"):
+        keep.plan_for(32)
+
+
 def test_keep_lookup():
-    solved = Keep(0.55, 0.5512, (), (16, 16, 2, 2))
+    solved = Keep(0.55, (KeepPlan(16, 0.5512, (), (16, 16, 2, 2)),))
     manifest = dataclasses.replace(small_manifest(), keeps=(*small_manifest().keeps, solved))
     assert manifest.keep_named(0.55) is manifest.keep_named(0.5512) is solved
     assert manifest.keep_named().requested == 0.75

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightkv_export.cli import plan as command
 from lightkv_export.errors import UserError
+from lightkv_export.recipe import load_recipe, recipe_names
+
+TINY = load_recipe("tiny-llava")
 
 
 def run(*arguments: str) -> int:
@@ -52,6 +56,40 @@ def test_request_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["kv_bytes"] == 12 * 2 * (3 * 576 + 9 + 5) * 2 * 6 * 32 * 4
 
 
+def test_image_size(capsys: pytest.CaptureFixture[str]) -> None:
+    default = document(capsys, "llava-next-vicuna-7b", "--keep", "0.55")
+    assert document(capsys, "llava-next-vicuna-7b", "--keep", "0.55", "--image-size", "640x427") == default
+    square = document(capsys, "llava-next-vicuna-7b", "--keep", "0.55", "--image-size", "672x672")
+    assert (default["vision_tokens"], square["vision_tokens"], square["units"]) == (2144, 2928, 1)
+    assert abs(square["keep"] - 0.55) <= 0.01 and square["kv_bytes"] > default["kv_bytes"]
+    assert square["flops_by_part"]["vision"] == default["flops_by_part"]["vision"]  # as many tiles
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    vision = load_recipe(name).shape.vision
+    result = document(capsys, name, "--keep", "0.55", "--target", "agx-orin-64gb@jp7.2")
+    assert abs(result["keep"] - 0.55) <= 0.01 and result["vision_tokens"] == vision.units * vision.tokens
+    assert result["vision_tokens_per_layer"][0] == result["vision_tokens"] and result["fits"]
+    last = load_recipe(name).sizes[-1]
+    other = document(capsys, name, "--keep", "0.55", "--image-size", last.image)
+    assert other["vision_tokens"] == last.tokens * (last.units or vision.units)
+
+
+def test_tokens_are_per_image_and_stages_per_unit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiled = replace(TINY, shape=replace(TINY.shape, vision=replace(TINY.shape.vision, tokens=64, units=5)))
+    monkeypatch.setattr("lightkv_export.families.resolve_recipe", lambda model: tiled)
+    result = document(capsys, "tiles", "--stage", "4:2:0.5", "--text-tokens", "9", "--new-tokens", "1")
+    assert result["stages"][0]["tokens_in"] == 64 and result["units"] == 5 and result["vision_tokens"] == 320
+    left = result["stages"][0]["tokens_out"]
+    assert result["vision_tokens_per_layer"] == [5 * 64] * 5 + [5 * left] * 7
+    assert result["kv_bytes"] == sum(count + 10 for count in result["vision_tokens_per_layer"]) * 2 * 3 * 64 * 2
+    assert run("tiles", "--stage", "4:2:0.5") == 0
+    assert "1 x 320 vision tokens" in capsys.readouterr().out
+
+
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("llava-1.5-7b", "--keep", "0.574") == 0
     printed = capsys.readouterr().out
@@ -70,6 +108,9 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("tiny-llava", "--stage", "11:2:0.5"),
         ("tiny-llava", "--stage", "6:2:0.5", "4:1:0.5"),
         ("tiny-llava", "--keep", "0.55", "--batch", "0"),
+        ("tiny-llava", "--keep", "0.55", "--image-size", "640x480"),
+        ("tiny-llava", "--keep", "0.55", "--image-size", "96"),
+        ("tiny-llava", "--keep", "0.55", "--image-size", "0x96"),
         ("tiny-llava", "--keep", "0.55", "--text-tokens", "-1"),
         ("tiny-llava", "--keep", "0.55", "--new-tokens", "-1"),
     ],

@@ -11,11 +11,14 @@ import pytest
 from tokenizer_factory import CHAT_TEMPLATE, EOS, IMAGE, TOKENIZER_CONFIG, byte_level_tokenizer, llama_tokenizer
 
 from lightkv_export.errors import BundleError, UserError
+from lightkv_export.manifest import Size
 from lightkv_export.runtime.chat import Chat, Detokenizer, special_tokens
 from lightkv_export.runtime.template import ChatTemplate
 
 TOKENIZERS = {"bytes": byte_level_tokenizer, "llama": llama_tokenizer}
 IMAGE_TOKENS = 9  # a 42 x 42 image in patches of 14
+SIZE = Size(42, 42, IMAGE_TOKENS, 1, "<image>", {})
+MANIFEST = SimpleNamespace(image_token_id=IMAGE, sizes=(SIZE,))
 CONVERSATIONS = {
     "text": [("user", 0, "What is in this picture?")],
     "one image": [("user", 1, "What is in this picture?")],
@@ -32,7 +35,7 @@ def chat_of(folder: Path, kind: str, template: str = CHAT_TEMPLATE) -> Chat:
     TOKENIZERS[kind]().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(TOKENIZER_CONFIG)
     (folder / "chat_template.jinja").write_text(template)
-    return Chat(folder, SimpleNamespace(image_token_id=IMAGE, image_tokens=IMAGE_TOKENS))
+    return Chat(folder, MANIFEST)
 
 
 def as_dicts(turns: list[tuple[str, int, str]]) -> list[dict]:
@@ -66,7 +69,7 @@ def test_ids_equal_hugging_face(tmp_path, kind, template):
                     part["image"] = Image.new("RGB", (50, 60))
         expected = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         num_images = sum(images for _, images, _ in turns)
-        ours = chat.ids(chat.parse(as_dicts(turns), num_images))
+        ours = chat.ids(chat.parse(as_dicts(turns), num_images), [SIZE] * num_images)
         theirs = expected["input_ids"]
         assert ours == list(theirs[0] if isinstance(theirs[0], list) else theirs), name
         assert ours.count(IMAGE) == num_images * IMAGE_TOKENS
@@ -107,19 +110,19 @@ def test_a_template_can_refuse_and_is_sandboxed():
 
 def test_damaged_files_are_bundle_errors(tmp_path):
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
-        Chat(tmp_path, SimpleNamespace(image_token_id=IMAGE, image_tokens=IMAGE_TOKENS))
+        Chat(tmp_path, MANIFEST)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be used"):
-        Chat(tmp_path, SimpleNamespace(image_token_id=IMAGE, image_tokens=IMAGE_TOKENS))
+        Chat(tmp_path, MANIFEST)
     (tmp_path / "tokenizer_config.json").write_text("not json")
     with pytest.raises(BundleError, match="not valid JSON"):
         special_tokens(tmp_path / "tokenizer_config.json")
     chat_of(tmp_path, "bytes")
     with pytest.raises(BundleError, match="no token 4000"):
-        Chat(tmp_path, SimpleNamespace(image_token_id=4000, image_tokens=IMAGE_TOKENS))
+        Chat(tmp_path, SimpleNamespace(image_token_id=4000, sizes=()))
     blind = chat_of(tmp_path, "bytes", "no image here")
     with pytest.raises(BundleError, match="shows 0 images for 1"):
-        blind.ids([blind.message("user", [None, "Hi"])])
+        blind.ids([blind.message("user", [None, "Hi"])], [SIZE])
 
 
 def test_special_tokens_are_found_in_both_spellings(tmp_path):

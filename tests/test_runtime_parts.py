@@ -6,33 +6,52 @@ import numpy as np
 import pytest
 
 from lightkv_export.errors import BackendError, BundleError, UserError
-from lightkv_export.manifest import Graph, Tensor
+from lightkv_export.manifest import Graph, Size, Tensor
 from lightkv_export.runtime.backend import Buffer, cast, from_float32, open_backend, to_float32
 from lightkv_export.runtime.cache import BLOCK, SegmentCache
-from lightkv_export.runtime.layout import Layout
+from lightkv_export.runtime.layout import Layout, Unit
 from lightkv_export.runtime.ort import OrtBackend, _check_version
-from lightkv_export.runtime.positions import chunk_positions, position_ids
-from lightkv_export.runtime.tokens import Tokens
+from lightkv_export.runtime.positions import chunk_positions
+from lightkv_export.runtime.tokens import ShownImage, Tokens
+from lightkv_export.runtime.vision import output_shape, symbol_values
 
 
-@pytest.mark.parametrize("images", [(0,), (3,), (2, 8), (1, 7, 20)])
-def test_layout_after_a_stage_is_the_sequence_without_what_was_merged_away(images):
-    tokens, after, length = 6, 4, 30
-    layout = Layout.uncompressed(length, images, tokens)
-    kept = np.sort(np.stack([np.random.default_rng(i).permutation(tokens)[:after] for i in images]), axis=1)
-    merged = layout.merged(kept)
-    lost = {
-        start + place for start, row in zip(images, kept, strict=True) for place in range(tokens) if place not in row
+@pytest.mark.parametrize(
+    "spans", [[(0, 6)], [(3, 6)], [(2, 6), (8, 6)], [(1, 4), (7, 6), (20, 4)], [(0, 6), (6, 4), (10, 6), (24, 6)]]
+)
+@pytest.mark.parametrize("merging", [{6}, {4, 6}])
+def test_layout_after_a_stage_is_the_sequence_without_what_was_merged_away(spans, merging):
+    length, random = 30, np.random.default_rng(len(spans))
+    layout = Layout(length, tuple(Unit(start, tokens, tokens) for start, tokens in spans), np.arange(length))
+    kept = {
+        number: np.sort(random.permutation(tokens)[: tokens - 2])
+        for number, (_, tokens) in enumerate(spans)
+        if tokens in merging
     }
+    merged = layout.merged(kept)
+    lost = {spans[n][0] + place for n, row in kept.items() for place in range(spans[n][1]) if place not in row}
     np.testing.assert_array_equal(merged.survivors, [place for place in range(length) if place not in lost])
-    text = [place for place in range(length) if not any(start <= place < start + tokens for start in images)]
+    text = [place for place in range(length) if not any(start <= place < start + n for start, n in spans)]
     np.testing.assert_array_equal(layout.text_index, text)
     np.testing.assert_array_equal(merged.survivors[merged.text_index], text)
-    for start, row, new_start in zip(images, kept, merged.images, strict=True):
-        np.testing.assert_array_equal(merged.survivors[new_start : new_start + after], start + row)
-    again = merged.merged(np.tile([0, 3], (len(images), 1)))
-    left = np.sort(np.concatenate([merged.text_index, merged.vision_index[:, [0, 3]].ravel()]))
+    for number, (start, tokens) in enumerate(spans):
+        left, unit = start + kept.get(number, np.arange(tokens)), merged.units[number]
+        assert unit.whole == tokens
+        np.testing.assert_array_equal(merged.survivors[merged.vision_index([number])[0]], left)
+    by_kind = np.concatenate([merged.text_index, *(unit.places for unit in merged.units)])
+    np.testing.assert_array_equal(by_kind[merged.order], np.arange(merged.length))
+    again = merged.merged({number: np.array([1]) for number in kept})
+    units = [unit.places[1:2] if number in kept else unit.places for number, unit in enumerate(merged.units)]
+    left = np.sort(np.concatenate([merged.text_index, *units]))
     np.testing.assert_array_equal(again.survivors, merged.survivors[left])
+
+
+def test_layout_of_a_chunk_that_cuts_units():
+    size = Size(8, 16, 3, 2, "<image><image>", {})
+    tokens = Tokens.of([1, 9, 9, 9, 9, 9, 9, 5], 9, [ShownImage(0, size)])
+    assert Layout.of(tokens).units == (Unit(1, 3, 3), Unit(4, 3, 3))
+    assert Layout.of(tokens.part(2, 6)).units == (Unit(0, 2, 3), Unit(2, 2, 3))
+    assert Layout.of(tokens.part(7)).units == ()
 
 
 def test_positions_by_policy():
@@ -40,19 +59,51 @@ def test_positions_by_policy():
     assert chunk_positions("restart", 100, 60, survivors).tolist() == [100, 101, 102, 103]
     assert chunk_positions("original", 100, 60, survivors).tolist() == [100, 102, 103, 107]
     assert chunk_positions("contiguous", 100, 60, survivors).tolist() == [60, 61, 62, 63]
-    assert position_ids("1d", survivors).shape == (1, 4)
     with pytest.raises(BundleError, match="random"):
         chunk_positions("random", 0, 0, survivors)
-    with pytest.raises(BundleError, match="mrope"):
-        position_ids("mrope", survivors)
 
 
 def test_tokens_know_their_images():
-    tokens = Tokens.of([1, 9, 9, 5, 9, 9, 6], image_token_id=9, image_tokens=2, serials=(4, 7))
-    assert tokens.keys.tolist() == [1, -5, -5, 5, -8, -8, 6]
-    assert tokens.images == (1, 4) and tokens.serials == (4, 7)
+    small, large = Size(8, 8, 2, 1, "<image>", {}), Size(16, 8, 3, 1, "<image>", {})
+    images = [ShownImage(4, small), ShownImage(7, large)]
+    tokens = Tokens.of([1, 9, 9, 5, 9, 9, 9, 6], image_token_id=9, images=images)
+    assert tokens.keys.tolist() == [1, -5, -5, 5, -8, -8, -8, 6]
+    assert tokens.vision_counts == {2: 2, 3: 3} and tokens.serials == (4, 7) and tokens.positions is None
     rest = tokens.part(2)
-    assert rest.images == (2,) and rest.serials == (4, 7) and rest.places.tolist() == [1, -1, 0, 1, -1]
+    assert (
+        rest.serials == (4, 7) and rest.places.tolist() == [1, -1, 0, 1, 2, -1] and rest.vision_counts == {2: 1, 3: 3}
+    )
+    assert tokens.then(9).serials == () and tokens.then(9).ids.tolist() == [9], "a model may say the image token"
+
+
+def test_mrope_positions_go_on_after_an_image():
+    size = Size(8, 8, 4, 1, "<image>", {}, "t", advance=2)
+    table = np.array([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    images = [ShownImage(serial, size, table) for serial in (0, 1)]
+    tokens = Tokens.of([1, 9, 9, 9, 9, 9, 9, 9, 9, 5, 6], 9, images, mrope=True)
+    assert tokens.positions.tolist() == [
+        [0, 1, 1, 1, 1, 3, 3, 3, 3, 5, 6],
+        [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6],
+        [0, 1, 2, 1, 2, 3, 4, 3, 4, 5, 6],
+    ]
+    assert tokens.part(3, 6).positions.tolist() == [[1, 1, 3], [2, 2, 3], [1, 2, 3]]
+    assert tokens.then(7).then(8).positions.tolist() == [[8]] * 3
+    assert Tokens.of([1, 2], 9, mrope=True).positions.tolist() == [[0, 1]] * 3
+
+
+def test_shapes_of_the_vision_graph_follow_from_its_inputs():
+    tensors = (Tensor("pixel_values", "float32", ("4*G", 3)), Tensor("index", "int64", ("G",)))
+    graph = Graph("vision", "v.onnx", "vision", tensors, ())
+    values = symbol_values(graph, {"pixel_values": np.zeros((8, 3)), "index": np.zeros(2)})
+    assert values == {"G": 2}
+    assert output_shape(Tensor("image_features", "float32", ("G", 5)), values, 10) == (2, 5)
+    assert output_shape(Tensor("image_features", "float32", (1, "R", 5)), values, 35) == (1, 7, 5)
+    for shape, elements in ((("G", 5), 11), (("R", 5), 11), (("R", "Q"), 10), (("2 G", 5), 10)):
+        with pytest.raises(BundleError, match="vision graph"):
+            output_shape(Tensor("image_features", "float32", shape), values, elements)
+    for pixels, index in (((7, 3), 2), ((8, 4), 2), ((8, 3), 3), ((8,), 2)):
+        with pytest.raises(BundleError, match="preprocessing gives"):
+            symbol_values(graph, {"pixel_values": np.zeros(pixels), "index": np.zeros(index)})
 
 
 def segment(rows: int | str = "C", dtype: str = "float32") -> Graph:

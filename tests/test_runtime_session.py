@@ -10,9 +10,9 @@ import pytest
 from toy_model import IMAGE_TOKENS, D, ToyModel
 
 from lightkv_export.errors import UserError
-from lightkv_export.runtime import Model, Sampling, load
+from lightkv_export.runtime import Model, Sampling, Session, load
 from lightkv_export.runtime.generation import Request
-from lightkv_export.runtime.image import pixel_values
+from lightkv_export.runtime.image import sized_pixels
 
 TOY = ToyModel()
 PROMPT = "What is in this picture?"
@@ -29,11 +29,17 @@ def open_toy(folder, toy: ToyModel, protocol: str = "scatter", **changes: object
 
 
 def features(model: Model, images: list) -> list[np.ndarray]:
-    return [TOY.features(pixel_values(model.manifest.preprocess, image)) for image in images]
+    return [TOY.features(sized_pixels(model.manifest, image).values[0]) for image in images]
 
 
 def prompt_ids(model: Model, num_images: int, prompt: str = PROMPT) -> list[int]:
-    return model.chat.ids([model.chat.message("user", [*[None] * num_images, prompt])])
+    message = model.chat.message("user", [*[None] * num_images, prompt])
+    return model.chat.ids([message], model.manifest.sizes[:1] * num_images)
+
+
+def whole_ids(session: Session) -> list[int]:
+    """The conversation of a session as the model is to see it."""
+    return session._tokens().ids.tolist()
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.83])
@@ -92,7 +98,7 @@ def test_several_turns_with_images_equal_the_whole_conversation(model, keep):
     for prompt, images in turns:
         logits = []
         session.append(prompt, images)
-        ids = model.chat.ids(session.messages)
+        ids = whole_ids(session)
         result = session.generate(Request(max_new_tokens=5, on_logits=logits.append))
         chunks = [*kept_chunks(chunks, result.cached_tokens), (ids[result.cached_tokens :], features(model, images))]
         assert [token for part, _ in chunks for token in part] == ids, "what was fed is the whole conversation"
@@ -155,7 +161,7 @@ def test_an_interrupted_answer_stays_and_the_session_goes_on(model):
     assert [message.role for message in session.messages] == ["user", "assistant"] and session.result is None
     logits = []
     session.append("Go on.")
-    ids = model.chat.ids(session.messages)
+    ids = whole_ids(session)
     session.generate(Request(max_new_tokens=1, on_logits=logits.append))
     np.testing.assert_allclose(logits[0], TOY.logits([(ids, features(model, IMAGES[:1]))], False), atol=2e-5)
 

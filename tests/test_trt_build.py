@@ -1,5 +1,4 @@
-"""Building engines: what they are to accept (integers), and the real TensorRT-RTX builder on every graph of small
-bundles."""
+"""Building engines: the real TensorRT-RTX builder on every graph of small bundles."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -18,20 +16,19 @@ import pytest
 from conftest import Exports
 from onnx import TensorProto, helper
 from toy_model import ToyModel
+from toy_sizes import SizedToy
 
 from lightkv_export.build import BuildRequest, build_engines
 from lightkv_export.bundle import open_bundle
 from lightkv_export.cli import export_main, main
 from lightkv_export.engines.compiler import Settings, compile_graph, weight_bytes
-from lightkv_export.engines.cuts import finer_cuts
 from lightkv_export.engines.library import Library, library_for_building
-from lightkv_export.engines.profiles import EnginePlan, Limits, plan_engines
+from lightkv_export.engines.profiles import EnginePlan
 from lightkv_export.engines.receipt import RECEIPT_NAME, file_digest, read_receipt
 from lightkv_export.engines.worker import Job, compile_in_process
 from lightkv_export.errors import BackendError, UserError
-from lightkv_export.fit import BUILD_COPIES, BUILD_FIXED
 from lightkv_export.manifest import Manifest
-from lightkv_export.recipe import TextShape, load_recipe
+from lightkv_export.recipe import load_recipe
 
 GIB = 1 << 30
 
@@ -51,72 +48,6 @@ def rtx() -> ModuleType:
 
 def manifest_of(root: Path) -> Manifest:
     return open_bundle(root, verify=False).manifest
-
-
-def plans(manifest: Manifest, *keeps: float, chunk: int = 200, profiles: int = 1) -> dict[str, EnginePlan]:
-    chosen = tuple(manifest.keep_named(keep) for keep in keeps)
-    return {p.graph: p for p in plan_engines(manifest, chosen, Limits.of(manifest, None, chunk), profiles)}
-
-
-def test_scatter_engines_hold_what_their_keeps_leave(toys: dict[str, Path]) -> None:
-    manifest = manifest_of(toys["scatter"])  # 400 tokens at most, 16 of an image
-    compressed, both = plans(manifest, 0.83), plans(manifest, 1.0, 0.83)
-    assert [compressed[name].capacity for name in ("segment_0", "segment_1")] == [400, 392]
-    assert [both[name].capacity for name in ("segment_0", "segment_1")] == [400, 400]
-    (profile,) = compressed["segment_1"].profiles
-    assert profile["hidden"] == ((1, 1, 8), (1, 80, 8), (1, 200, 8))
-    assert profile.keys() == {"hidden", "position_ids"}  # the caches are static
-
-
-def test_append_engines_take_views_of_any_length(toys: dict[str, Path]) -> None:
-    decode, prefill = plans(manifest_of(toys["append"]), 0.83, profiles=2)["segment_1"].profiles
-    assert decode["hidden"] == ((1, 1, 8),) * 3
-    assert decode["key_cache_2"] == ((1, 1, 1, 8), (1, 1, 80, 8), (1, 1, 400, 8))
-    assert prefill["key_cache_2"] == ((1, 1, 1, 8), (1, 1, 64, 8), (1, 1, 400, 8))
-    assert prefill["position_ids"] == ((1, 1), (1, 80), (1, 200))
-
-
-def test_stages_and_vision_have_their_own_ranges(toys: dict[str, Path]) -> None:
-    found = plans(manifest_of(toys["append"]), 1.0, 0.83)
-    assert found["vision"].profiles == ({"pixel_values": ((1, 3, 8, 8),) * 3},)
-    (profile,) = found["stage_v16_w1_r0.5"].profiles
-    assert profile["vision_index"] == ((1, 16), (1, 16), (3, 16))
-    assert profile["text_index"] == ((1,), (64,), (184,))
-    assert profile["hidden"] == ((1, 17, 8), (1, 80, 8), (1, 200, 8))
-    assert profile["order"] == ((9,), (72,), (192,))
-    assert "stage_v16_w1_r0.5" not in plans(manifest_of(toys["append"]), 1.0)
-
-
-@pytest.mark.parametrize(
-    ("longest", "chunk", "message"),
-    [
-        (None, 16, "--profile-tokens is 16\n.*17 .*to 400"),
-        (None, 401, "--profile-tokens is 401"),
-        (100, 101, "--profile-tokens is 101\n.*to 100"),
-        (401, None, "--max-tokens is 401"),
-    ],
-)
-def test_limits_that_do_not_fit_the_bundle(
-    toys: dict[str, Path], longest: int | None, chunk: int | None, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        Limits.of(manifest_of(toys["append"]), longest, chunk)
-
-
-def test_segments_are_cut_until_their_engines_fit() -> None:
-    text = TextShape(layers=8, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=100, vocab=500)
-    layer = 2 * (2 * 64 * 16 * 6 + 3 * 64 * 100)
-    head = 2 * 64 * 500
-    room = BUILD_FIXED + BUILD_COPIES * (2 * layer + head)
-    assert finer_cuts([0, 5, 8], text, 2, GIB) == ((0, 5), (5, 8))
-    cuts = finer_cuts([0, 5, 8], text, 2, room)
-    assert cuts[0][0] == 0 and cuts[-1][1] == 8 and all(a[1] == b[0] for a, b in pairwise(cuts))
-    assert 5 in [first for first, _ in cuts]  # a stage's cut stays
-    for first, last in cuts:
-        weights = (last - first) * layer + (head if last == 8 else 0)
-        assert BUILD_FIXED + BUILD_COPIES * weights <= room
-    with pytest.raises(UserError, match="too little for one layer and the head\n.*at least 0.50 GiB"):
-        finer_cuts([0, 8], text, 2, BUILD_FIXED + 1)
 
 
 def test_build_memory_cuts_the_export_finer() -> None:
@@ -161,6 +92,16 @@ def test_rtx_builds_the_toys_with_two_profiles(rtx: ModuleType, toys: dict[str, 
         copy = shutil.copytree(root, tmp_path / name)
         request = BuildRequest((1.0, 0.83), capabilities=("SM86",), num_profiles=2, in_process=True)
         assert len(build_engines(open_bundle(copy), request).receipt.engines) == 4
+
+
+@pytest.mark.parametrize("mrope", [False, True], ids=["tiles", "mrope and DeepStack"])
+def test_rtx_builds_a_bundle_with_sizes(rtx: ModuleType, tmp_path: Path, mrope: bool) -> None:
+    bundle = SizedToy(mrope=mrope).bundle(tmp_path / "sized", "append", "float16")
+    result = build_engines(bundle, BuildRequest(in_process=True))
+    engines = result.receipt.engines
+    assert engines.keys() == {graph.name for graph in bundle.manifest.graphs}
+    units = [stage["vision_index"] for stage in (e.profiles[0] for n, e in engines.items() if n.startswith("stage"))]
+    assert sorted(shapes[2][1] for shapes in units) == [16, 24]
 
 
 def test_only_what_changed_is_built_again(rtx: ModuleType, toys: dict[str, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Exports
 from toy_model import IMAGE_SIZE, ToyModel
+from toy_sizes import SizedToy
 
 from lightkv_export.build import BuildRequest, build_engines
 from lightkv_export.bundle import open_bundle
@@ -112,6 +113,26 @@ def test_a_conversation_with_two_images(
         answers.append([turn.token_ids for turn in turns])
     assert answers[0] == answers[1]
     del session
+    gc.collect()
+    assert machine.leaks() == []
+
+
+@pytest.mark.parametrize("mrope", [False, True], ids=["1d", "mrope"])
+def test_images_of_several_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mrope: bool) -> None:
+    """Units of two lengths, merged together or one of them alone; tables of the vision graph; DeepStack inputs."""
+    machine = emulator.install(monkeypatch, "10.3.0")
+    root = SizedToy(mrope=mrope).bundle(tmp_path / "toy", "append", "float16", max_tokens=800).path
+    built(root)
+    pictures = [picture(1, 16), np.repeat(picture(2, 16), 2, axis=1), np.repeat(picture(3, 16), 2, axis=0)]
+    answers = []
+    for backend in ("ort", "trt"):
+        model = load(root, backend=backend)
+        for keep in (1.0, 0.83, 0.9):
+            session = model.session(keep)
+            turns = [session.ask(QUESTION, pictures, Request(5)), session.ask("This?", [picture(3, 16)], Request(5))]
+            answers.append([(turn.token_ids, turn.vision_tokens_per_layer) for turn in turns])
+    assert answers[:3] == answers[3:]
+    del model, session
     gc.collect()
     assert machine.leaks() == []
 
@@ -226,7 +247,7 @@ def test_a_damaged_receipt(toy: Path, machine: emulator.Machine) -> None:
 def test_out_of_memory(toy: Path, machine: emulator.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     built(toy)
     model = load(toy, backend="trt")
-    model.graphs.prepare(model.manifest.keep_named(1.0), images=True)
+    model.graphs.prepare(model.manifest.keep_named(1.0), [model.manifest.sizes[0].tokens])
     machine.memory_bytes = machine.used_bytes + 20_000
     with pytest.raises(BackendError, match="out of GPU memory: 0.00 GiB for caches.*are free\n.*lightkv plan"):
         model.run(QUESTION, max_new_tokens=300)

@@ -14,7 +14,19 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizer_factory import CHAT_TEMPLATE, EOS, IMAGE, TOKENIZER_CONFIG, byte_level_tokenizer
 
-from lightkv_export.bundle import Bundle, BundleWriter, Embedding, Graph, Keep, KeepStage, Manifest, Preprocess, Tensor
+from lightkv_export.bundle import (
+    Bundle,
+    BundleWriter,
+    Embedding,
+    Graph,
+    Keep,
+    KeepPlan,
+    KeepStage,
+    Manifest,
+    Preprocess,
+    Size,
+    Tensor,
+)
 
 D, V, IMAGE_TOKENS, IMAGE_SIZE = 8, 320, 16, 8
 SEGMENTS = ((0, 2), (2, 3))
@@ -24,6 +36,9 @@ FLOATS = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FL
 class ToyModel:
     """Weights and the oracle. `positions` is the policy of the manifest."""
 
+    mrope = False
+    deepstack_layers: tuple[int, ...] = ()
+
     def __init__(self, seed: int = 0, positions: str = "restart") -> None:
         random = np.random.default_rng(seed)
         self.positions = positions
@@ -32,6 +47,7 @@ class ToyModel:
         self.layers = [{name: draw(D, D) * 0.4 for name in "qkvo"} for _ in range(3)]
         self.angle = draw(D)
         self.vision = draw(3 * (IMAGE_SIZE // 4) ** 2, D) * 0.3
+        self.angles = np.stack([self.angle, draw(D), draw(D)])  # mRoPE: of the three position ids
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """[3, H, W] -> [v, D]"""
@@ -40,9 +56,13 @@ class ToyModel:
         return patches @ self.vision
 
     def layer(self, index: int, hidden: np.ndarray, positions: np.ndarray, past: list) -> tuple:
-        """hidden [S, D] with cached (keys, values) `past` -> hidden [S, D], query, key; the past grows."""
+        """hidden [S, D] with cached (keys, values) `past` -> hidden [S, D], query, key; the past grows.
+
+        positions [S], for mRoPE [3, S].
+        """
         weights = self.layers[index]
-        turn = np.cos(positions[:, None] * self.angle * 0.3).astype(np.float32)
+        angle = positions.T @ self.angles if self.mrope else positions[:, None] * self.angle
+        turn = np.cos(angle * 0.3).astype(np.float32)
         query, key, value = hidden @ weights["q"] * turn, hidden @ weights["k"] * turn, hidden @ weights["v"]
         past[index] = [np.concatenate([old, new]) for old, new in zip(past[index], (key, value), strict=True)]
         keys, values = past[index]
@@ -78,12 +98,21 @@ class ToyModel:
             start += len(ids)
         return hidden[-1] @ self.head
 
+    def graphs(self, protocol: str, dtype: str) -> list[tuple]:
+        """What is saved: the vision graph, the segments and the stages."""
+        segments = [_segment(self, index, protocol, dtype) for index in range(len(SEGMENTS))]
+        return [_vision(self, dtype), *segments, stage_graph(dtype, IMAGE_TOKENS)]
+
+    def write_tables(self, root: Path) -> None:
+        """Its one size needs none."""
+
     def bundle(self, out: Path, protocol: str = "scatter", dtype: str = "float32", **changes: object) -> Bundle:
         """The model as a bundle with the keeps 1.0 and 0.83 (half of the vision tokens after layer 1 of 3)."""
-        stage = KeepStage(1, 1, 0.5, IMAGE_TOKENS, IMAGE_TOKENS // 2, "stage_v16_w1_r0.5", 0)
+        stage = toy_stage(IMAGE_TOKENS)
         with BundleWriter(out) as writer:
             (writer.path / "onnx").mkdir()
-            graphs = tuple(_saved(graph, writer.path) for graph in _graphs(self, protocol, dtype))
+            self.write_tables(writer.path)
+            graphs = tuple(_saved(graph, writer.path) for graph in self.graphs(protocol, dtype))
             (writer.path / "table.bin").write_bytes(b"16 bytes of head" + self.embedding.tobytes())
             byte_level_tokenizer().save(str(writer.path / "tokenizer.json"))
             (writer.path / "tokenizer_config.json").write_text(TOKENIZER_CONFIG)
@@ -96,15 +125,18 @@ class ToyModel:
                 "lowering": {"scatter": "modern", "append": "portable"}[protocol],
                 "cache_protocol": protocol,
                 "positions": self.positions,
-                "rope": "1d",
+                "rope": "mrope" if self.mrope else "1d",
                 "max_tokens": 400,
                 "max_images": 3,
                 "default_keep": 0.83,
-                "keeps": (Keep(1.0, 1.0, (), (16, 16, 16)), Keep(0.83, 5 / 6, (stage,), (16, 16, 8))),
+                "keeps": (
+                    Keep(1.0, (KeepPlan(IMAGE_TOKENS, 1.0, (), (16, 16, 16)),)),
+                    Keep(0.83, (KeepPlan(IMAGE_TOKENS, 5 / 6, (stage,), (16, 16, 8)),)),
+                ),
                 "graphs": graphs,
                 "embedding": Embedding("table.bin", 16, "float32", (V, D)),
                 "image_token_id": IMAGE,
-                "image_tokens": IMAGE_TOKENS,
+                "sizes": (Size(IMAGE_SIZE, IMAGE_SIZE, IMAGE_TOKENS, 1, "<image>", {}),),
                 "eos_token_ids": (EOS,),
                 "preprocess": Preprocess(
                     "clip", {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
@@ -115,7 +147,12 @@ class ToyModel:
             return writer.finish(Manifest(**{**fields, **changes}))
 
 
-class _Builder:
+def toy_stage(tokens: int) -> KeepStage:
+    """The stage for units of so many vision tokens."""
+    return KeepStage(1, 1, 0.5, tokens, tokens // 2, f"stage_v{tokens}_w1_r0.5", 0)
+
+
+class Builder:
     """Collects nodes and initializers of one graph."""
 
     def __init__(self, dtype: str) -> None:
@@ -138,11 +175,6 @@ class _Builder:
         return Tensor(name, "int64" if integer else self.dtype, shape)
 
 
-def _graphs(model: ToyModel, protocol: str, dtype: str) -> list[tuple]:
-    segments = [_segment(model, index, protocol, dtype) for index in range(len(SEGMENTS))]
-    return [_vision(model, dtype), *segments, _stage(dtype)]
-
-
 def _saved(parts: tuple, root: Path) -> Graph:
     name, role, build, inputs, outputs, layers = parts
     types = {"int64": TensorProto.INT64, build.dtype: build.onnx_type}
@@ -157,7 +189,7 @@ def _saved(parts: tuple, root: Path) -> Graph:
 
 
 def _vision(model: ToyModel, dtype: str) -> tuple:
-    build, side = _Builder(dtype), IMAGE_SIZE // 4
+    build, side = Builder(dtype), IMAGE_SIZE // 4
     split = build.op("Reshape", "pixel_values", build.const([-1, 3, 4, side, 4, side]))
     moved = build.op("Transpose", split, perm=[0, 2, 4, 1, 3, 5])
     rows = build.op("Reshape", moved, build.const([-1, IMAGE_TOKENS, 3 * side * side]))
@@ -167,15 +199,20 @@ def _vision(model: ToyModel, dtype: str) -> tuple:
 
 
 def _segment(model: ToyModel, index: int, protocol: str, dtype: str) -> tuple:
-    build, (first, last) = _Builder(dtype), SEGMENTS[index]
+    build, (first, last) = Builder(dtype), SEGMENTS[index]
     inputs = [
         build.tensor("hidden", (1, "S", D)),
-        build.tensor("position_ids", (1, "S"), True),
+        build.tensor("position_ids", (3, 1, "S") if model.mrope else (1, "S"), True),
         build.tensor("past_len", (1,), True),
     ]
     outputs, hidden = [], "hidden"
-    position = build.op("Unsqueeze", build.op("Cast", "position_ids", to=build.onnx_type), build.const([2]))
-    turn32 = build.op("Cast", build.op("Mul", position, build.const(model.angle * 0.3)), to=TensorProto.FLOAT)
+    position = build.op("Cast", "position_ids", to=build.onnx_type)
+    if model.mrope:
+        axes = build.op("Transpose", position, perm=[1, 2, 0])
+        angle = build.op("MatMul", axes, build.const(model.angles * 0.3))
+    else:
+        angle = build.op("Mul", build.op("Unsqueeze", position, build.const([2])), build.const(model.angle * 0.3))
+    turn32 = build.op("Cast", angle, to=TensorProto.FLOAT)
     turn = build.op("Cast", build.op("Cos", turn32), to=build.onnx_type)
     for layer in range(first, last):
         weights = model.layers[layer]
@@ -185,6 +222,9 @@ def _segment(model: ToyModel, index: int, protocol: str, dtype: str) -> tuple:
         inputs += caches
         attended = (_scatter if protocol == "scatter" else _append)(build, layer, query, key, value, outputs)
         hidden = build.op("Add", hidden, build.op("MatMul", attended, build.const(weights["o"])))
+        if layer in model.deepstack_layers:
+            inputs.append(build.tensor(f"deepstack_{layer}", (1, "S", D)))
+            hidden = build.op("Add", hidden, f"deepstack_{layer}")
     if index == len(SEGMENTS) - 1:
         inputs.append(build.tensor("logits_index", (1,), True))
         row = build.op("Gather", hidden, "logits_index", axis=1)
@@ -198,13 +238,13 @@ def _segment(model: ToyModel, index: int, protocol: str, dtype: str) -> tuple:
     return f"segment_{index}", "segment", build, inputs, outputs, (first, last)
 
 
-def _count(build: _Builder, source: str, axis: int) -> str:
+def _count(build: Builder, source: str, axis: int) -> str:
     """0 .. n-1 along an axis of `source`."""
     size = build.op("Gather", build.op("Shape", source), build.const(axis))
     return build.op("Range", build.const(0), size, build.const(1))
 
 
-def _softmax_over(build: _Builder, query: str, key: str, value: str, allowed: str) -> str:
+def _softmax_over(build: Builder, query: str, key: str, value: str, allowed: str) -> str:
     """query [1,S,D]; key and value [1,N,D]; allowed bool [S,N]"""
     scores = build.op("MatMul", query, build.op("Transpose", key, perm=[0, 2, 1]))
     scores = build.op("Mul", scores, build.const(1 / float(np.sqrt(D))))
@@ -212,7 +252,7 @@ def _softmax_over(build: _Builder, query: str, key: str, value: str, allowed: st
     return build.op("MatMul", build.op("Softmax", masked, axis=-1), value)
 
 
-def _scatter(build: _Builder, layer: int, query: str, key: str, value: str, outputs: list) -> str:
+def _scatter(build: Builder, layer: int, query: str, key: str, value: str, outputs: list) -> str:
     full = []
     for kind, new in (("key", key), ("value", value)):
         name = f"{kind}_cache_{layer}"
@@ -225,7 +265,7 @@ def _scatter(build: _Builder, layer: int, query: str, key: str, value: str, outp
     return _softmax_over(build, query, *full, build.op("LessOrEqual", column, row))
 
 
-def _append(build: _Builder, layer: int, query: str, key: str, value: str, outputs: list) -> str:
+def _append(build: Builder, layer: int, query: str, key: str, value: str, outputs: list) -> str:
     full = []
     for kind, new in (("key", key), ("value", value)):
         build.op("Unsqueeze", new, build.const([1]), out=f"{kind}_new_{layer}")
@@ -242,12 +282,13 @@ def _append(build: _Builder, layer: int, query: str, key: str, value: str, outpu
     )
 
 
-def _stage(dtype: str) -> tuple:
-    build, half = _Builder(dtype), IMAGE_TOKENS // 2
+def stage_graph(dtype: str, tokens: int) -> tuple:
+    """The stage for units of so many vision tokens."""
+    build = Builder(dtype)
     inputs = [build.tensor(name, (1, "S", D)) for name in ("hidden", "query", "key")]
     inputs += [
         build.tensor("text_index", ("T",), True),
-        build.tensor("vision_index", ("I", IMAGE_TOKENS), True),
+        build.tensor("vision_index", ("I", tokens), True),
         build.tensor("order", ("R",), True),
     ]
     text = build.op("Gather", "hidden", "text_index", axis=1)
@@ -257,15 +298,11 @@ def _stage(dtype: str) -> tuple:
     merged = build.op("Add", pairs, build.op("Mul", mean_key, build.const(0.1)))
     build.op("Gather", build.op("Concat", text, merged, axis=1), "order", axis=1, out="merged")
     rows = build.op("Mul", build.op("Gather", "vision_index", build.const([0]), axis=1), build.const(0))
-    build.op(
-        "Unsqueeze", build.op("Add", rows, build.const(np.arange(1, IMAGE_TOKENS, 2))), build.const([0]), out="kept"
-    )
-    build.op(
-        "Unsqueeze", build.op("Add", rows, build.const(np.arange(IMAGE_TOKENS) // 2)), build.const([0]), out="target"
-    )
+    build.op("Unsqueeze", build.op("Add", rows, build.const(np.arange(1, tokens, 2))), build.const([0]), out="kept")
+    build.op("Unsqueeze", build.op("Add", rows, build.const(np.arange(tokens) // 2)), build.const([0]), out="target")
     outputs = [
         build.tensor("merged", (1, "R", D)),
-        build.tensor("kept", (1, "I", half), True),
-        build.tensor("target", (1, "I", IMAGE_TOKENS), True),
+        build.tensor("kept", (1, "I", tokens // 2), True),
+        build.tensor("target", (1, "I", tokens), True),
     ]
-    return "stage_v16_w1_r0.5", "stage", build, inputs, outputs, None
+    return toy_stage(tokens).graph, "stage", build, inputs, outputs, None

@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     ):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default[name], metavar="N", help=f"{text} (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", default="", metavar="WxH", help="size of the pictures, one of the bundle's (default: its first)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of one graph (default: all cores)")
     parser.add_argument("--backend", default="ort", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

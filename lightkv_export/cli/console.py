@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lightkv_export.steps import NOTE
+
 PLAIN_WIDTH = 120  # rich assumes 80 where there is no terminal, and cuts
 
 Update = Callable[[str, int, int], None]
@@ -59,7 +61,14 @@ def progress(*, quiet: bool = False) -> Iterator[Update]:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
-            yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+            def update(name: str, done: int, total: int) -> None:
+                if name.startswith(NOTE):
+                    bar.console.print(name)
+                else:
+                    bar.update(task, description=name, completed=done, total=total)
+
+            yield update
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from lightkv_export.cli.build import add_engine_options, request_of, show, summary
 from lightkv_export.cli.console import print_json, print_table, progress, size_text, stdout_to_stderr
 from lightkv_export.errors import UserError
-from lightkv_export.recipe import POSITIONS, StageSpec
+from lightkv_export.recipe import POSITIONS, StageSpec, parse_image_size
 from lightkv_export.targets import load_target
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -20,8 +20,17 @@ LOWERINGS = ("modern", "portable")
 def add_parser(subparsers: Any) -> None:
     """Add the command to argparse's `subparsers`."""
     parser = subparsers.add_parser("export", help="make a bundle from a model", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="a recipe's name, a local checkpoint directory or a hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a recipe's name, a local checkpoint directory, or a hub id (ORG/NAME@REVISION)"
+    )
     _add_schedule_options(parser.add_mutually_exclusive_group())
+    parser.add_argument(
+        "--image-size",
+        action="append",
+        metavar="WxH",
+        help="an image size to serve, in pixels, as the model's processor would be given it; repeatable, the first is "
+        "the default; images of other sizes are fitted to the nearest (default: the recipe's, else the family's)",
+    )
     parser.add_argument("--out", type=Path, help="directory to create (default: out/<model>)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: fp32; for a GPU: fp16)")
     parser.add_argument(
@@ -47,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     )
     _add_trt_options(parser.add_argument_group("TensorRT"))
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
+    parser.add_argument("--fresh", action="store_true", help="take nothing over from an interrupted export")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the steps' intermediate results there")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
@@ -91,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}", expected="at least 1")
+    image_sizes = tuple(parse_image_size(text) for text in args.image_size or ())
     with stdout_to_stderr(), progress(quiet=args.quiet) as on_step:
         from lightkv_export.pipeline import ExportRequest, export_bundle
 
@@ -100,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         given |= {
             "keeps": tuple(args.keep or (0.55,)),
             "stages": tuple(StageSpec.parse(text) for text in args.stage or ()),
+            "image_sizes": image_sizes,
             "out": args.out or Path("out") / Path(args.model).name,
         }
         bundle = export_bundle(ExportRequest(**given), on_step)
@@ -118,7 +130,8 @@ def _document(bundle: Any) -> dict[str, Any]:
     manifest = bundle.manifest
     keeps = [{"requested": k.requested, "keep": k.keep, "stages": [s.layer for s in k.stages]} for k in manifest.keeps]
     graphs = [graph.name for graph in manifest.graphs]
-    return {"bundle": str(bundle.path), "bytes": _num_bytes(bundle), "keeps": keeps, "graphs": graphs}
+    sizes = [{"name": size.name, "tokens": size.tokens, "units": size.units} for size in manifest.sizes]
+    return {"bundle": str(bundle.path), "bytes": _num_bytes(bundle), "keeps": keeps, "sizes": sizes, "graphs": graphs}
 
 
 def _show(bundle: Any) -> None:
@@ -132,6 +145,8 @@ def _show(bundle: Any) -> None:
     ]
     title = f"{bundle.path}: {len(bundle.manifest.graphs)} graphs, {size_text(_num_bytes(bundle))}"
     print_table(title, ("keep", "achieved", "stages"), rows)
+    sizes = ", ".join(f"{size.name} ({size.image_tokens} vision tokens)" for size in bundle.manifest.sizes)
+    print(f"image sizes: {sizes}")
 
 
 def _num_bytes(bundle: Any) -> int:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightkv_export.bundle import Bundle, Keep, Manifest, Tensor, open_bundle
+from lightkv_export.bundle import Bundle, open_bundle
 from lightkv_export.errors import UserError
+from lightkv_export.manifest import Keep, KeepPlan, Manifest, Size, Tensor
 from lightkv_export.manifest_json import plain_value
 from lightkv_export.schedule import Request
 
@@ -67,24 +68,22 @@ def _save_merges(args: argparse.Namespace) -> int:
     if args.image is None or not args.prompt:
         raise UserError("--save-merges without an image and a prompt", fix="add --image FILE and --prompt TEXT")
     with stdout_to_stderr():
-        from lightkv_export.drawing import draw_merges, row_from_prompt, save_png
+        from lightkv_export.drawing import draw_merges, row_from_prompt, save_png, seen_units
         from lightkv_export.runtime import load
-        from lightkv_export.runtime.image import seen_image
 
         model = load(args.bundle, threads=args.threads, verify=args.verify)
         rows = [row_from_prompt(model, args.image, prompt, args.keep) for prompt in args.prompt]
-        save_png(draw_merges(seen_image(model.manifest.preprocess, args.image), rows), args.save_merges)
+        save_png(draw_merges(seen_units(model, args.image), rows), args.save_merges)
     if args.json:
         prompts = [
             {
                 "prompt": row.prompt,
                 "answer": row.answer,
+                "units": len(row.units),
                 "stages": [
-                    {"layer": s.layer, "tokens_in": s.tokens_in, "tokens_out": s.tokens_out} for s in row.stages
+                    {"layer": s.layer, "tokens_in": s.tokens_in, "tokens_out": s.tokens_out} for s in row.units[0]
                 ],
-                "merges_unlike_first": [
-                    len(s.links - t.links) for s, t in zip(row.stages, rows[0].stages, strict=True)
-                ],
+                "merges_unlike_first": _merges_unlike(row, rows[0]),
             }
             for row in rows
         ]
@@ -96,9 +95,19 @@ def _save_merges(args: argparse.Namespace) -> int:
     return 0
 
 
+def _merges_unlike(row: Any, first: Any) -> list[int]:
+    """After each stage, how many tokens of all units merged otherwise than under the first prompt."""
+    pairs = [zip(*units, strict=True) for units in zip(row.units, first.units, strict=True)]
+    return [sum(len(s.links - t.links) for s, t in stage) for stage in zip(*pairs, strict=True)]
+
+
 def bundle_document(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
-    """The JSON document: the manifest, each keep's cache bytes for a typical request, the report if there is one."""
+    """The JSON document: the manifest, each keep's cache bytes for a typical request, the report if there is one.
+
+    A keep's figures are for images of the default size, per image; `sizes` has the cache bytes of every size.
+    """
     manifest, request = bundle.manifest, Request()
+    units = manifest.sizes[0].units
     return {
         "path": str(bundle.path),
         "verified": verified,
@@ -108,33 +117,48 @@ def bundle_document(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
             {
                 "requested": keep.requested,
                 "keep": keep.keep,
-                "vision_tokens_per_layer": list(keep.vision_tokens_per_layer),
+                "vision_tokens_per_layer": [units * count for count in keep.vision_tokens_per_layer],
                 "kv_bytes": kv_bytes(manifest, keep, request),
                 "kv_bytes_vanilla": kv_bytes(manifest, manifest.keep_named(1.0), request),
             }
             for keep in manifest.keeps
+        ],
+        "sizes": [
+            {
+                "name": size.name,
+                "units": size.units,
+                "tokens": size.tokens,
+                "vision_tokens": size.image_tokens,
+                "keeps": {f"{k.requested:g}": k.plan_for(size.tokens).keep for k in manifest.keeps},
+                "kv_bytes": {f"{k.requested:g}": kv_bytes(manifest, k, request, size) for k in manifest.keeps},
+            }
+            for size in manifest.sizes
         ],
         "manifest": plain_value(manifest),
         "report": _report(bundle),
     }
 
 
-def kv_bytes(manifest: Manifest, keep: Keep, request: Request) -> int:
-    """Cache bytes of `request` at `keep`, read off the cache inputs that the graphs really have."""
-    row_bytes = [0] * len(keep.vision_tokens_per_layer)
+def kv_bytes(manifest: Manifest, keep: Keep, request: Request, size: Size | None = None) -> int:
+    """Cache bytes of `request` at `keep`, read off the cache inputs that the graphs really have.
+
+    `size` is that of the images; None: the bundle's default.
+    """
+    size = size or manifest.sizes[0]
+    counts = keep.plan_for(size.tokens).vision_tokens_per_layer
+    row_bytes = [0] * len(counts)
     for tensor in (tensor for graph in manifest.graphs for tensor in graph.inputs):
         if match := re.fullmatch(r"(?:key|value)_cache_(\d+)", tensor.name):
             row_bytes[int(match[1])] += int(tensor.shape[-1]) * ITEM_BYTES[tensor.dtype]
     text = request.text_tokens + request.new_tokens
-    rows = (request.images * count + text for count in keep.vision_tokens_per_layer)
-    return request.batch * sum(size * count for size, count in zip(row_bytes, rows, strict=True))
+    rows = (request.images * size.units * count + text for count in counts)
+    return request.batch * sum(bytes_ * count for bytes_, count in zip(row_bytes, rows, strict=True))
 
 
 def _print_tables(bundle: Bundle, *, verified: bool) -> None:
     from lightkv_export.cli.console import print_table, size_text
 
     manifest, request = bundle.manifest, Request()
-    vanilla = kv_bytes(manifest, manifest.keep_named(1.0), request)
     total = sum(entry.size for entry in manifest.files.values())
     checked = "sizes and hashes match" if verified else "sizes match (hashes: --verify)"
     facts = {
@@ -143,14 +167,15 @@ def _print_tables(bundle: Bundle, *, verified: bool) -> None:
         "dtype, lowering": f"{manifest.dtype}, {manifest.lowering} (cache protocol {manifest.cache_protocol})",
         "positions, rope": f"{manifest.positions}, {manifest.rope}",
         "a request may have": f"{manifest.max_tokens} tokens, {manifest.max_images} images",
-        "vision tokens": f"{manifest.image_tokens} per image",
         "source": _facts_line(manifest.source),
         "tools": _facts_line(manifest.tools),
     }
     print_table("Bundle", ("", ""), list(facts.items()))
     length = f"{request.images} image, {request.text_tokens} text and {request.new_tokens} new tokens"
-    keep_rows = [_keep_row(manifest, keep, request, vanilla) for keep in manifest.keeps]
-    print_table(f"Keeps (cache for {length})", ("keep", "achieved", "stages", "cache", "of vanilla"), keep_rows)
+    print_table("Image sizes", ("size", "vision tokens", "units", "of tokens each"), _size_rows(manifest))
+    columns = ("keep", "units of", "achieved", "stages", "cache", "of vanilla")
+    keep_rows = [_keep_row(manifest, keep, plan, request) for keep in manifest.keeps for plan in keep.plans]
+    print_table(f"Keeps (cache for {length})", columns, keep_rows)
     graph_rows = [
         (graph.name, _shapes(graph.inputs), _shapes(graph.outputs), size_text(manifest.files[graph.file].size))
         for graph in manifest.graphs
@@ -163,18 +188,29 @@ def _print_tables(bundle: Bundle, *, verified: bool) -> None:
         print_table(f"Report ({REPORT_NAME})", ("measured", "value"), list(_flat(report)))
 
 
-def _keep_row(manifest: Manifest, keep: Keep, request: Request, vanilla: int) -> tuple[str, ...]:
+def _size_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    default = manifest.sizes[0]
+    return [
+        (size.name + (" (default)" if size is default else ""), *map(str, (size.image_tokens, size.units, size.tokens)))
+        for size in manifest.sizes
+    ]
+
+
+def _keep_row(manifest: Manifest, keep: Keep, plan: KeepPlan, request: Request) -> tuple[str, ...]:
+    """What a keep does to units of one length; the cache is that of the first size which has such."""
     from lightkv_export.cli.console import size_text
 
     stages = ", ".join(
         f"after layer {s.layer}: {s.tokens_in} -> {s.tokens_out} ({s.windows_per_side}x{s.windows_per_side})"
-        for s in keep.stages
+        for s in plan.stages
     )
     default = " (default)" if keep is manifest.keep_named() else ""
-    used = kv_bytes(manifest, keep, request)
+    size = next(size for size in manifest.sizes if size.tokens == plan.tokens)
+    used, vanilla = (kv_bytes(manifest, one, request, size) for one in (keep, manifest.keep_named(1.0)))
     return (
         f"{keep.requested:g}{default}",
-        f"{keep.keep:.4f}",
+        f"{plan.tokens} ({size.name})",
+        f"{plan.keep:.4f}",
         stages or "none",
         size_text(used),
         f"{used / vanilla:.1%}",

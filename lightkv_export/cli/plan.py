@@ -10,7 +10,7 @@ from typing import Any
 from lightkv_export.advice import Setting, advise
 from lightkv_export.errors import UserError
 from lightkv_export.fit import WEIGHT_BYTES, Precision, check_precision, predict
-from lightkv_export.recipe import StageSpec
+from lightkv_export.recipe import Recipe, StageSpec, parse_image_size
 from lightkv_export.schedule import Plan, Request, plan, schedule_from_keep, schedule_from_stages
 from lightkv_export.targets import Target, load_target
 
@@ -42,6 +42,9 @@ def add_parser(subparsers: Any) -> None:
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default[name], metavar="N", help=f"{text} (default: %(default)s)")
     parser.add_argument(
+        "--image-size", metavar="WxH", help="an image size that the recipe lists, in pixels (default: its first)"
+    )
+    parser.add_argument(
         "--dtype", choices=BYTES_PER_ELEMENT, default="fp16", help="of the cache (default: %(default)s)"
     )
     parser.add_argument(
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from lightkv_export.families import resolve_recipe
 
     target, precision = _target(args)
-    recipe = resolve_recipe(args.model)
+    recipe = _at_size(resolve_recipe(args.model), args.image_size)
     request = Request(args.text_tokens, args.new_tokens, args.batch, args.images, BYTES_PER_ELEMENT[args.dtype])
     if args.stage is None:
         schedule = schedule_from_keep(recipe, args.keep)
@@ -85,15 +88,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_document(result: Plan, dtype: str) -> dict[str, Any]:
-    """The JSON document of a plan. Tokens are per image, bytes and FLOPs for the whole batch."""
-    request = result.request
+    """The JSON document of a plan.
+
+    Vision tokens are per image (all its units), those of a stage per unit, because every unit is merged on its own;
+    bytes and FLOPs are for the whole batch.
+    """
+    request, units = result.request, result.recipe.shape.vision.units
     return {
         "model": result.recipe.name,
         "requested_keep": result.schedule.requested,
         "keep": result.schedule.keep,
         "stages": [asdict(stage) for stage in result.schedule.stages],
-        "vision_tokens": result.schedule.vision_tokens,
-        "vision_tokens_per_layer": list(result.schedule.vision_tokens_per_layer),
+        "units": units,
+        "vision_tokens": units * result.schedule.vision_tokens,
+        "vision_tokens_per_layer": [units * count for count in result.schedule.vision_tokens_per_layer],
         "text_tokens": request.text_tokens,
         "new_tokens": request.new_tokens,
         "batch": request.batch,
@@ -124,6 +132,10 @@ def target_document(result: Plan, target: Target, precision: Precision) -> dict[
     }
 
 
+def _at_size(recipe: Recipe, image_size: str | None) -> Recipe:
+    return recipe if image_size is None else recipe.at_size(*parse_image_size(image_size))
+
+
 def _target(args: argparse.Namespace) -> tuple[Target | None, Precision]:
     precision = Precision(args.dtype, args.weights)
     if args.target is None:
@@ -139,8 +151,9 @@ def _print_tables(result: Plan, dtype: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    schedule, request = result.schedule, result.request
-    stages = Table("after layer", "windows", "discard ratio", "vision tokens", title="Stages")
+    schedule, request, units = result.schedule, result.request, result.recipe.shape.vision.units
+    counted = "vision tokens" if units == 1 else f"vision tokens (of each of {units} units)"
+    stages = Table("after layer", "windows", "discard ratio", counted, title="Stages")
     for stage in schedule.stages:
         windows = f"{stage.windows_per_side} x {stage.windows_per_side}"
         counts = f"{stage.tokens_in} -> {stage.tokens_out}"
@@ -148,9 +161,10 @@ def _print_tables(result: Plan, dtype: str) -> None:
     totals = Table("", "uncompressed", "this plan", "share", title="Totals")
     memory, work = result.kv_bytes_vanilla, result.flops_vanilla.total
     gib, tera = memory >= _GIB / 10, work >= _TERA / 10  # a tiny model's figures would vanish in the large units
-    mean_tokens = schedule.keep * schedule.vision_tokens
+    vision_tokens = units * schedule.vision_tokens
+    mean_tokens = schedule.keep * vision_tokens
     for name, vanilla, planned, unit in (
-        ("vision tokens, mean per layer and image", schedule.vision_tokens, mean_tokens, 1),
+        ("vision tokens, mean per layer and image", vision_tokens, mean_tokens, 1),
         (f"KV cache, {'GiB' if gib else 'MiB'} ({dtype})", memory, result.kv_bytes, _GIB if gib else _MIB),
         ("TFLOPs" if tera else "GFLOPs", work, result.flops.total, _TERA if tera else _GIGA),
     ):
@@ -160,7 +174,7 @@ def _print_tables(result: Plan, dtype: str) -> None:
     asked = "" if schedule.requested is None else f" (asked for {schedule.requested})"
     console.print(
         f"{result.recipe.name}: keep {schedule.keep:.4f}{asked}; batch {request.batch}, "
-        f"{request.images} x {schedule.vision_tokens} vision tokens, {request.text_tokens} text tokens, "
+        f"{request.images} x {vision_tokens} vision tokens, {request.text_tokens} text tokens, "
         f"{request.new_tokens} new tokens",
         highlight=False,
         soft_wrap=True,

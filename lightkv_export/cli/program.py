@@ -87,7 +87,7 @@ def call_program(work: Callable[[], int | None], *, json_errors: bool = False, d
 
 def _failure(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
-        return Failure(STATUS_INTERRUPTED, "interrupted; nothing was left half-written")
+        return Failure(STATUS_INTERRUPTED, str(error) or "interrupted; nothing was left half-written")
     if isinstance(error, ModuleNotFoundError):
         error = _missing_module(error)
     elif isinstance(error, OSError) and error.filename is not None:

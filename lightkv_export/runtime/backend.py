@@ -90,9 +90,7 @@ class Backend(Protocol):
         """Copy a buffer to a new host array."""
 
 
-def open_backend(
-    name: str, root: Path, device: str | None, threads: int | None, lowering: str = "modern"
-) -> Backend:
+def open_backend(name: str, root: Path, device: str | None, threads: int | None, lowering: str = "modern") -> Backend:
     """The backend called `name` for the bundle in `root`, lowered as `lowering`; device None: the backend's choice.
 
     Raises:

@@ -12,8 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lightkv_export.errors import BundleError, UserError
-from lightkv_export.manifest import Manifest
+from lightkv_export.manifest import Manifest, Size
 from lightkv_export.runtime.template import ChatTemplate
+from lightkv_export.runtime.video import video_error
 
 ROLES = ("system", "user", "assistant")
 MAX_PENDING = 8  # tokens that may be held back for an unfinished character (UTF-8 has at most 4 bytes)
@@ -42,10 +43,17 @@ class Chat:
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.tokenizer = _load_tokenizer(root / "tokenizer.json")
-        self.image_token_id, self.image_tokens = manifest.image_token_id, manifest.image_tokens
+        self.image_token_id = manifest.image_token_id
         self.image_token = self.tokenizer.id_to_token(self.image_token_id)
         if self.image_token is None:
             raise BundleError(f"tokenizer.json has no token {self.image_token_id}, the image token of lightkv.json")
+        for size in manifest.sizes:
+            if size.prompt.count(self.image_token) != size.units:
+                raise BundleError(
+                    f"the prompt of size {size.name} shows {self.image_token!r} "
+                    f"{size.prompt.count(self.image_token)} times for {size.units} units",
+                    fix="export the bundle again",
+                )
         variables = special_tokens(root / "tokenizer_config.json")
         self._bos = variables.get("bos_token")
         self._template = ChatTemplate(_read(root / "chat_template.jinja"), variables)
@@ -69,24 +77,36 @@ class Chat:
             )
         return Message(role, tuple(parts))
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to and including the start of the assistant's answer, every image placeholder
-        expanded to `image_tokens` copies. The same ids as Hugging Face's `AutoProcessor.apply_chat_template`.
+    def ids(self, messages: Sequence[Message], sizes: Sequence[Size] = ()) -> list[int]:
+        """Token ids of a conversation up to and including the start of the assistant's answer; every image placeholder
+        as often as there are vision tokens. The same ids as Hugging Face's `AutoProcessor.apply_chat_template`.
+
+        Args:
+            sizes: of the images of all messages, in order.
 
         Raises:
             UserError: the template refuses the messages. BundleError: it shows another number of images.
         """
         text = self._template.render([message.as_dict() for message in messages], add_generation_prompt=True)
+        between = text.split(self.image_token)
+        if len(between) - 1 != len(sizes):
+            raise BundleError(
+                f"the chat template shows {len(between) - 1} images for {len(sizes)} given",
+                fix="check chat_template.jinja of the bundle",
+            )
+        text = between[0] + "".join(size.prompt + after for size, after in zip(sizes, between[1:], strict=True))
         # A template that writes the BOS token itself must not get a second one from the tokenizer.
         add_special_tokens = not (self._bos and text.startswith(self._bos))
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        shown, given = ids.count(self.image_token_id), sum(message.num_images for message in messages)
-        if shown != given:
+        units = [size.tokens for size in sizes for _ in range(size.units)]
+        if ids.count(self.image_token_id) != len(units):
             raise BundleError(
-                f"the chat template shows {shown} images for {given} given",
-                fix="check chat_template.jinja of the bundle",
+                f"the tokenizer finds {ids.count(self.image_token_id)} image tokens where {len(units)} are written",
+                expected=f"{self.image_token!r} as a special token of tokenizer.json",
+                fix="export the bundle again",
             )
-        return [one for one in ids for _ in range(self.image_tokens if one == self.image_token_id else 1)]
+        left = iter(units)
+        return [one for one in ids for _ in range(next(left) if one == self.image_token_id else 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text without special tokens."""
@@ -155,6 +175,8 @@ def _parts(content: Any) -> list[str | None]:
     parts: list[str | None] = []
     for part in content or []:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "video":
+            raise video_error("a part of a message")
         if kind == "image":
             parts.append(None)
         elif kind == "text" and isinstance(part.get("text"), str):

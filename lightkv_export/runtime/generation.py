@@ -18,20 +18,22 @@ DEFAULT_NEW_TOKENS = 256  # when the request names no number: so many, or what s
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What a stage did to the images of a chunk.
+    """What a stage did to units of vision tokens (images or tiles) of a chunk.
 
     Attributes:
         layer: the decoder layer that it follows.
-        kept: int64 [I, v'], source place of each survivor within its image, ascending.
+        kept: int64 [I, v'], source place of each survivor within its unit, ascending.
         target: int64 [I, v], the survivor (0..v'-1) in which each source token ended.
         importance: float32 [I, v], how much the prompt attends to each source token, the weights of the merge; None
             unless somebody listens to `Request.on_stage`.
+        units: which units of the chunk these are, in order. Units of other lengths have stages of their own.
     """
 
     layer: int
     kept: np.ndarray
     target: np.ndarray
     importance: np.ndarray | None = None
+    units: tuple[int, ...] = (0,)
 
 
 OnStage: TypeAlias = "Callable[[StageTrace], None]"
@@ -80,7 +82,7 @@ class Result:
         kv_bytes_per_layer: the same per layer.
         cache_tokens_per_layer: cache rows filled in each layer.
         vision_tokens_per_layer: vision tokens of all images cached in each layer, counted from the caches.
-        keep: the keep that ran, as achieved.
+        keep: the share of the vision tokens that the keep leaves in the caches, for the images of this conversation.
         prompt_tokens: uncompressed tokens of the whole conversation before the answer.
         cached_tokens: how many of them were already in the caches.
     """

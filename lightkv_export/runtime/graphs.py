@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from lightkv_export.bundle import Bundle
 from lightkv_export.errors import BundleError
-from lightkv_export.manifest import Graph, Keep
-from lightkv_export.runtime.backend import Backend, Buffer, Executable, cast, from_float32, host_dtype
+from lightkv_export.manifest import Graph, Keep, Size
+from lightkv_export.runtime.backend import Backend, Buffer, Executable, cast, host_dtype
+from lightkv_export.runtime.image import ImageFeatures
 from lightkv_export.runtime.tokens import Tokens
+from lightkv_export.runtime.vision import load_tables, output_shape, symbol_values, vision_inputs
 
 
 class Workspace:
@@ -49,7 +51,9 @@ class Graphs:
         )
         self._vision = next((graph for graph in self.manifest.graphs if graph.role == "vision"), None)
         self.dtype = next(tensor.dtype for tensor in self.segments[0].inputs if tensor.name == "hidden")
+        self._bundle = bundle
         self._loaded: dict[str, Executable] = {}
+        self._tables: dict[str, dict[str, np.ndarray]] = {}
         self._table = _embedding_table(bundle)
 
     def executable(self, graph: Graph) -> Executable:
@@ -58,40 +62,69 @@ class Graphs:
             self._loaded[graph.name] = self.backend.load(graph)
         return self._loaded[graph.name]
 
-    def prepare(self, keep: Keep, *, images: bool) -> None:
-        """Load what a request needs, so that no load falls into its time to first token."""
-        graphs = list(self.segments)
-        if images:
-            graphs += [self._vision_graph(), *(self.manifest.graph_named(stage.graph) for stage in keep.stages)]
+    def prepare(self, keep: Keep, units: Iterable[int]) -> None:
+        """Load what a request needs, so that no load falls into its time to first token.
+
+        Args:
+            units: the different lengths v of its units of vision tokens; none for text alone.
+        """
+        graphs, plans = list(self.segments), [keep.plan_for(tokens) for tokens in units]
+        if plans:
+            graphs.append(self._vision_graph())
+        graphs += [self.manifest.graph_named(stage.graph) for plan in plans for stage in plan.stages]
         for graph in graphs:
             self.executable(graph)
 
-    def embed(self, tokens: Tokens, features: Mapping[int, np.ndarray]) -> np.ndarray:
+    def tables(self, size: Size) -> dict[str, np.ndarray]:
+        """The constant arrays of an image size by name, read once."""
+        if size.name not in self._tables:
+            self._tables[size.name] = load_tables(self._bundle, size)
+        return self._tables[size.name]
+
+    def embed(self, tokens: Tokens, features: Mapping[int, ImageFeatures]) -> np.ndarray:
         """Hidden states [1, S, D] of tokens as they enter segment 0, in host form.
 
-        Rows of the embedding table; the rows of vision tokens come from `features` (serial -> [v, D]).
+        Rows of the embedding table; the rows of vision tokens come from `features` (by serial).
         """
         ids = np.where(tokens.places < 0, tokens.ids, 0)  # a placeholder's own row is never used and may not exist
         hidden = cast(np.asarray(self._table[ids]), self.manifest.embedding.dtype, self.dtype)
-        for serial in tokens.serials:
-            rows = tokens.keys == -1 - serial
-            hidden[rows] = features[serial][tokens.places[rows]]
-        return hidden[None]
+        return _with_rows(hidden, tokens, {serial: image.rows for serial, image in features.items()})
 
-    def image_features(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels float32 [3, H, W] -> vision tokens [v, D] (host form of the graphs' dtype)."""
-        graph = self._vision_graph()
-        put, taken = graph.inputs[0], graph.outputs[0]
-        expected = tuple(size for size in put.shape[1:])
-        if all(isinstance(size, int) for size in expected) and pixels.shape != expected:
-            raise BundleError(
-                f"preprocessing gives pixels {pixels.shape}", expected=f"{expected}, as the vision graph takes"
+    def deepstack(self, tokens: Tokens, features: Mapping[int, ImageFeatures]) -> dict[str, np.ndarray]:
+        """The DeepStack inputs of the segments by name: [1, S, D] in host form, zeros where text is."""
+        shape = (len(tokens), self._table.shape[1])
+        return {
+            f"deepstack_{layer}": _with_rows(
+                np.zeros(shape, host_dtype(self.dtype)),
+                tokens,
+                {serial: image.deepstack[place] for serial, image in features.items()},
             )
-        source = self.workspace.put("pixels", put.dtype, from_float32(pixels[None], put.dtype))
-        shape = (1, self.manifest.image_tokens, self._table.shape[1])
-        target = self.workspace.buffer("features", taken.dtype, shape)
-        self.executable(graph).run({put.name: source}, {taken.name: target})
-        return self.backend.read(target)[0]
+            for place, layer in enumerate(self.manifest.deepstack_layers)
+        }
+
+    def image_features(self, pixels: np.ndarray, size: Size) -> ImageFeatures:
+        """Pixels float32 of one image (leading axis included, as `image.pixel_values` gives them) -> its features.
+
+        Raises:
+            BundleError: the bundle takes no images, or pixels, tables and graph do not fit together.
+        """
+        graph = self._vision_graph()
+        arrays = vision_inputs(graph, pixels, self.tables(size))
+        symbols, tokens, width = symbol_values(graph, arrays), size.image_tokens, self._table.shape[1]
+        sources = {
+            tensor.name: self.workspace.put(f"vision {tensor.name}", tensor.dtype, arrays[tensor.name])
+            for tensor in graph.inputs
+        }
+        targets = {
+            tensor.name: self.workspace.buffer(
+                f"vision {tensor.name}", tensor.dtype, output_shape(tensor, symbols, tokens * width)
+            )
+            for tensor in graph.outputs
+        }
+        self.executable(graph).run(sources, targets)
+        rows = {name: self.backend.read(buffer).reshape(tokens, width) for name, buffer in targets.items()}
+        deepstack = tuple(rows[f"deepstack_{layer}"] for layer in self.manifest.deepstack_layers)
+        return ImageFeatures(rows["image_features"], size, deepstack)
 
     def _vision_graph(self) -> Graph:
         if self._vision is None:
@@ -99,6 +132,14 @@ class Graphs:
                 f"bundle {self.manifest.name!r} has no vision graph", expected="a bundle that takes images"
             )
         return self._vision
+
+
+def _with_rows(hidden: np.ndarray, tokens: Tokens, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+    """`hidden` [S, D] with the rows of the images' tokens, by serial, in their places: [1, S, D]."""
+    for serial in tokens.serials:
+        places = tokens.keys == -1 - serial
+        hidden[places] = rows[serial][tokens.places[places]]
+    return hidden[None]
 
 
 def _embedding_table(bundle: Bundle) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Images: from a file, bytes, a PIL image or an array to the float32 pixels that a vision graph takes.
 
+An image is decoded, given that size of the bundle whose shape is nearest to its own, brought to it, and cut as the
+bundle's kind of preprocessing asks for (`pixels_clip`, `pixels_tiles`, `pixels_patches`).
+
 Every kind of input is treated as Hugging Face's processors treat it, so that pixels agree bit for bit: a *file or
 bytes* is turned upright by its EXIF tag and converted to RGB (`load_image`), a *PIL image* is taken as it lies (its
 EXIF tag is ignored) with transparency laid on white (`convert_to_rgb`), an *array* is RGB already.
@@ -10,9 +13,9 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import log
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,39 +23,61 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lightkv_export.errors import BundleError, UserError
-from lightkv_export.manifest import Preprocess
+from lightkv_export.manifest import Manifest, Preprocess, Size
+from lightkv_export.runtime.pixels_clip import clip_pixels, clip_view
+from lightkv_export.runtime.pixels_patches import patch_pixels
+from lightkv_export.runtime.pixels_tiles import tile_pixels
+from lightkv_export.runtime.video import HEAD_BYTES, looks_like_video, video_error
 
 ImageSource: TypeAlias = "str | os.PathLike | bytes | Image.Image | np.ndarray"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+STRETCH = 1.1  # aspect ratios that differ by this factor are brought together by resizing, others by padding
 MAX_ASPECT = (
     200  # a longer side this many times the shorter one is not a picture, and resizing it would fill the memory
 )
+MAX_PIXELS = 1 << 27  # of a padded image: 400 MB in memory
 _READABLE = "a readable image file (JPEG, PNG, WebP, ...)"
 
 
 @dataclass(frozen=True)
+class ImagePixels:
+    """An image at a size of the bundle: float32 `pixel_values` of the vision graph."""
+
+    values: np.ndarray
+    size: Size
+
+
+@dataclass(frozen=True)
 class ImageFeatures:
-    """An image that went through the vision graph: vision tokens [v, D] in the host form of the graphs' dtype.
+    """An image that went through the vision graph, in the host form of the graphs' dtype.
 
     `Model.encode` makes it. A session takes it wherever it takes an image, so that several questions about one image
     share the work.
+
+    Attributes:
+        rows: vision tokens [n, D], n = size.image_tokens.
+        size: the size of the bundle at which the image was seen.
+        deepstack: for each of the manifest's `deepstack_layers` [n, D].
     """
 
     rows: np.ndarray
+    size: Size
+    deepstack: tuple[np.ndarray, ...] = ()
 
 
 def decode(source: ImageSource) -> np.ndarray:
     """Any image source -> RGB uint8 [H, W, 3].
 
     Raises:
-        UserError: missing, not an image, truncated, too large, or of a size or mode that cannot be used.
+        UserError: missing, not an image (a video, say), truncated, too large, or of a size or mode that cannot be
+            used.
     """
     if isinstance(source, np.ndarray):
         return _checked(_rgb_from_array(source), "the array")
     if isinstance(source, Image.Image):
         return _checked(_decoded(lambda: _rgb_from_pil(source), "the PIL image"), "the PIL image")
     if isinstance(source, bytes):
+        if looks_like_video(source[:HEAD_BYTES]):
+            raise video_error(f"the input of {len(source)} bytes")
         return _checked(_decoded(lambda: _rgb_from_file(io.BytesIO(source)), f"{len(source)} bytes"), "the image")
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(
@@ -62,64 +87,100 @@ def decode(source: ImageSource) -> np.ndarray:
     if not path.is_file():
         state = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"image {str(path)!r} {state}", expected=_READABLE, fix="check the path")
+    if looks_like_video(_head(path), path):
+        raise video_error(repr(str(path)))
     return _checked(_decoded(lambda: _rgb_from_file(path), repr(str(path))), repr(str(path)))
 
 
-def pixel_values(preprocess: Preprocess, source: ImageSource) -> np.ndarray:
-    """An image source -> float32 [3, H, W], as the bundle's vision graph wants it.
+def pixel_values(preprocess: Preprocess, source: ImageSource, size: Size) -> np.ndarray:
+    """An image source -> float32, the `pixel_values` of one image as the vision graph takes them at this size.
+
+    "clip" gives [1, 3, H, W], "tiles" [N, 3, tile, tile], "patches" [P, numbers of a patch]. Except with "clip", which
+    crops, the image is first padded to the size's aspect ratio (see `framed`).
 
     Raises:
         UserError: the image cannot be used. BundleError: the bundle asks for unknown preprocessing.
     """
+    image = decode(source)
     if preprocess.kind not in PREPROCESSORS:
         raise BundleError(
             f"preprocessing kind {preprocess.kind!r} is unknown",
             expected=f"one of: {', '.join(PREPROCESSORS)}",
             fix="update lightkv-export, or export the bundle with this version",
         )
-    return PREPROCESSORS[preprocess.kind](decode(source), preprocess.settings)
+    if preprocess.kind != "clip":
+        image = framed(image, size)
+    return PREPROCESSORS[preprocess.kind](image, size.geometry, preprocess.settings)
 
 
-def seen_image(preprocess: Preprocess, source: ImageSource) -> np.ndarray:
-    """An image source -> uint8 RGB [h, w, 3]: the part that the vision graph sees, before it becomes numbers.
+def sized_pixels(manifest: Manifest, source: ImageSource) -> ImagePixels:
+    """An image source at that size of the bundle that fits it best.
 
     Raises:
         UserError: the image cannot be used. BundleError: the bundle asks for unknown preprocessing.
     """
-    if preprocess.kind != "clip":
-        raise BundleError(f"preprocessing kind {preprocess.kind!r} has no picture of what is seen", expected="clip")
-    return clip_view(decode(source), preprocess.settings)
+    image = decode(source)
+    size = fit_size(manifest.sizes, image.shape[1], image.shape[0])
+    return ImagePixels(pixel_values(manifest.preprocess, image, size), size)
 
 
-def clip_view(image: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """CLIP's first two steps, resize and centre crop: uint8 [H, W, 3] -> uint8 [h, w, 3]."""
-    if settings.get("do_pad"):
-        raise BundleError("preprocessor_config.json sets do_pad", expected="the CLIP steps without padding to a square")
-    if settings.get("do_resize", True):
-        image = _resized(image, settings.get("size", {"shortest_edge": 224}), settings.get("resample", Image.BICUBIC))
-    if settings.get("do_center_crop", True):
-        image = _cropped(image, settings.get("crop_size", 224))
-    return image
+def fit_size(sizes: Sequence[Size], width: int, height: int) -> Size:
+    """The size with the aspect ratio nearest to that of an image of width x height pixels; among equals the one
+    nearest in area."""
+
+    def distance(size: Size) -> tuple[float, float]:
+        aspect = abs(log(width * size.height / (height * size.width)))
+        return round(aspect, 9), abs(log(width * height / (size.width * size.height)))
+
+    return min(sizes, key=distance)
 
 
-def clip_pixels(image: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """CLIP's steps: resize, centre crop, rescale, normalize. uint8 [H, W, 3] -> float32 [3, h, w].
+def framed(image: np.ndarray, size: Size) -> np.ndarray:
+    """An image padded to the aspect ratio of a size, black and centred: uint8 [H, W, 3] -> uint8 [H', W', 3].
 
-    `settings` is preprocessor_config.json; values that it leaves out are the defaults of CLIPImageProcessor.
+    Aspect ratios that differ by no more than `STRETCH` are left to the resizing that follows, as the processors of
+    Hugging Face do it. So an image that they would lay out alike has exactly their pixels.
+
+    Raises:
+        UserError: the padded image would be too large.
     """
-    image = clip_view(image, settings)
-    pixels = image.astype(np.float32)
-    if settings.get("do_rescale", True):
-        # In float64 and back, as Hugging Face computes it.
-        pixels = (image.astype(np.float64) * settings.get("rescale_factor", 1 / 255)).astype(np.float32)
-    if settings.get("do_normalize", True):
-        mean = np.array(settings.get("image_mean") or CLIP_MEAN, np.float32)
-        std = np.array(settings.get("image_std") or CLIP_STD, np.float32)
-        pixels = (pixels - mean) / std
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    height, width = image.shape[:2]
+    wide, high = width * size.height, height * size.width
+    if max(wide, high) <= STRETCH * min(wide, high):
+        return image
+    new_width, new_height = max(width, round(high / size.height)), max(height, round(wide / size.width))
+    if new_width * new_height > MAX_PIXELS:
+        raise UserError(
+            f"an image of {width} x {height} pixels is too large to be padded to {size.name}",
+            expected=f"at most {MAX_PIXELS} pixels after padding",
+            fix="scale it down or crop it first",
+        )
+    canvas = np.zeros((new_height, new_width, 3), np.uint8)
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    canvas[top : top + height, left : left + width] = image
+    return canvas
 
 
-PREPROCESSORS: dict[str, Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]] = {"clip": clip_pixels}
+def seen_image(preprocess: Preprocess, source: ImageSource, size: Size) -> np.ndarray:
+    """An image source -> uint8 RGB [h, w, 3]: what of it the vision graph sees at this size, before it is cut and
+    becomes numbers.
+
+    Raises:
+        UserError: the image cannot be used.
+    """
+    image = decode(source)
+    if preprocess.kind == "clip":
+        return clip_view(image, preprocess.settings)
+    stretched = Image.fromarray(framed(image, size)).resize((size.width, size.height), Image.Resampling.BICUBIC)
+    return np.array(stretched)
+
+
+PREPROCESSORS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, Any]], np.ndarray]] = {
+    "clip": clip_pixels,
+    "tiles": tile_pixels,
+    "patches": patch_pixels,
+}
+"""By kind: (uint8 image [H, W, 3], the size's geometry, preprocessor_config.json) -> float32 pixel values."""
 
 
 def _decoded(convert: Callable[[], np.ndarray], name: str) -> np.ndarray:
@@ -134,6 +195,14 @@ def _decoded(convert: Callable[[], np.ndarray], name: str) -> np.ndarray:
         raise UserError(f"{name} is not an image that can be read", expected=_READABLE) from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"image {name} is damaged: {error}", expected=_READABLE, fix="get a whole copy of it") from None
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:
+        return b""  # Pillow will meet the same and say so
 
 
 def _rgb_from_file(file: Path | io.BytesIO) -> np.ndarray:
@@ -152,6 +221,8 @@ def _rgb_from_pil(image: Image.Image) -> np.ndarray:
 
 
 def _rgb_from_array(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 4:
+        raise video_error(f"an array of shape {array.shape}")
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(f"an image array {array.dtype} {array.shape}", expected="uint8 RGB of shape (height, width, 3)")
     return array
@@ -168,33 +239,3 @@ def _checked(image: np.ndarray, name: str) -> np.ndarray:
             fix="crop it first",
         )
     return image
-
-
-def _resized(image: np.ndarray, size: Mapping[str, int] | int, resample: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    if "shortest_edge" in size:
-        edge, short, long = size["shortest_edge"], min(height, width), max(height, width)
-        new_long = int(edge * long / short)
-        new_height, new_width = (new_long, edge) if width <= height else (edge, new_long)
-    elif "height" in size and "width" in size:
-        new_height, new_width = size["height"], size["width"]
-    else:
-        raise BundleError(
-            f"preprocessor_config.json has size {dict(size)}", expected="shortest_edge, or height and width"
-        )
-    return np.array(Image.fromarray(image).resize((new_width, new_height), resample=resample))
-
-
-def _cropped(image: np.ndarray, size: Mapping[str, int] | int) -> np.ndarray:
-    """Centre crop; what is smaller is padded with zeros first, one pixel more at the top and left when odd."""
-    height, width = image.shape[:2]
-    crop_height, crop_width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    if top >= 0 and left >= 0:
-        return image[top : top + crop_height, left : left + crop_width]
-    canvas = np.zeros((max(crop_height, height), max(crop_width, width), 3), image.dtype)
-    pad_top, pad_left = ceil((canvas.shape[0] - height) / 2), ceil((canvas.shape[1] - width) / 2)
-    canvas[pad_top : pad_top + height, pad_left : pad_left + width] = image
-    top, left = top + pad_top, left + pad_left
-    return canvas[top : top + crop_height, left : left + crop_width]

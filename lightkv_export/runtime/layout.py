@@ -1,10 +1,33 @@
-"""Where the images are in a chunk, before and after each stage: the index inputs of the stage graphs."""
+"""Where units of vision tokens are in a chunk, before and after each stage: the index inputs of the stage graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from lightkv_export.runtime.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run of vision tokens that is merged on its own.
+
+    Attributes:
+        start: its first token in this segment's chunk.
+        tokens: how many of them are here.
+        whole: tokens v of the whole unit before any stage; says which plan of a keep holds for it.
+    """
+
+    start: int
+    tokens: int
+    whole: int
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64 [tokens]: where its tokens are."""
+        return np.arange(self.start, self.start + self.tokens, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -13,54 +36,58 @@ class Layout:
 
     Attributes:
         length: tokens S in this segment.
-        images: first token of each image, ascending.
-        tokens: tokens v of each image in this segment.
+        units: of all images, in order of their places.
         survivors: int64 [S], place of each token in the uncompressed chunk.
     """
 
     length: int
-    images: tuple[int, ...]
-    tokens: int
+    units: tuple[Unit, ...]
     survivors: np.ndarray
 
     @staticmethod
-    def uncompressed(length: int, images: tuple[int, ...], tokens: int) -> Layout:
-        """The chunk as it enters segment 0."""
-        return Layout(length, images, tokens, np.arange(length, dtype=np.int64))
-
-    @property
-    def vision_index(self) -> np.ndarray:
-        """int64 [I, v]: places of each image's tokens."""
-        return np.asarray(self.images, np.int64)[:, None] + np.arange(self.tokens, dtype=np.int64)
+    def of(tokens: Tokens) -> Layout:
+        """The chunk as it enters segment 0. A unit at its start or end may be cut, if no stage is to merge it."""
+        whole = np.maximum(tokens.units, 1)
+        begins = (tokens.places >= 0) & (tokens.places % whole == 0)
+        begins[:1] |= tokens.places[:1] >= 0
+        units = []
+        for start in np.flatnonzero(begins).tolist():
+            left = int(whole[start] - tokens.places[start] % whole[start])
+            units.append(Unit(start, min(left, len(tokens) - start), int(whole[start])))
+        return Layout(len(tokens), tuple(units), np.arange(len(tokens), dtype=np.int64))
 
     @property
     def text_index(self) -> np.ndarray:
-        """int64 [T]: places of all other tokens."""
+        """int64 [T]: places of all tokens that are no vision token of any image."""
         is_text = np.ones(self.length, bool)
-        is_text[self.vision_index] = False
+        for unit in self.units:
+            is_text[unit.start : unit.start + unit.tokens] = False
         return np.flatnonzero(is_text).astype(np.int64)
 
-    def merged_starts(self, tokens_out: int) -> tuple[int, ...]:
-        """First token of each image after a stage that leaves `tokens_out` per image."""
-        removed = self.tokens - tokens_out
-        return tuple(start - place * removed for place, start in enumerate(self.images))
+    def vision_index(self, units: Sequence[int]) -> np.ndarray:
+        """int64 [I, v]: places of the tokens of these units, which are equally long."""
+        return np.stack([self.units[unit].places for unit in units])
 
-    def order(self, tokens_out: int) -> np.ndarray:
-        """int64 [S']: gathers concat(text tokens [T], merged tokens [I*v']) into sequence order."""
-        length = self.length - len(self.images) * (self.tokens - tokens_out)
-        is_text = np.ones(length, bool)
-        order = np.empty(length, np.int64)
-        num_text = self.length - len(self.images) * self.tokens
-        for place, start in enumerate(self.merged_starts(tokens_out)):
-            first = num_text + place * tokens_out
-            order[start : start + tokens_out] = np.arange(first, first + tokens_out)
-            is_text[start : start + tokens_out] = False
-        order[is_text] = np.arange(num_text)
-        return order
+    @property
+    def order(self) -> np.ndarray:
+        """int64 [S]: gathers concat(text tokens, tokens of all units) into sequence order."""
+        return np.argsort(np.concatenate([self.text_index, *(unit.places for unit in self.units)]))
 
-    def merged(self, kept: np.ndarray) -> Layout:
-        """The chunk after a stage. `kept` int64 [I, v']: place of each survivor within its image, ascending."""
-        tokens_out = kept.shape[1]
-        vision = np.take_along_axis(self.vision_index, kept, axis=1).reshape(-1)
-        places = np.concatenate([self.text_index, vision])[self.order(tokens_out)]
-        return Layout(len(places), self.merged_starts(tokens_out), tokens_out, self.survivors[places])
+    def merged(self, kept: Mapping[int, np.ndarray]) -> Layout:
+        """The chunk after a stage.
+
+        Args:
+            kept: for each unit that was merged (its place in `units`) int64 [v'], places of its survivors within it,
+                ascending. Where units stand afterwards depends on their number only.
+        """
+        stays = np.ones(self.length, bool)
+        for number, places in kept.items():
+            unit = self.units[number]
+            stays[unit.places] = False
+            stays[unit.start + places] = True
+        before = np.cumsum(stays) - stays
+        units = tuple(
+            Unit(int(before[unit.start]), len(kept[number]) if number in kept else unit.tokens, unit.whole)
+            for number, unit in enumerate(self.units)
+        )
+        return Layout(int(stays.sum()), units, self.survivors[stays])

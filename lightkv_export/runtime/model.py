@@ -11,7 +11,7 @@ from lightkv_export.runtime.backend import Backend, open_backend
 from lightkv_export.runtime.chat import Chat
 from lightkv_export.runtime.generation import GREEDY, Request, Result
 from lightkv_export.runtime.graphs import Graphs
-from lightkv_export.runtime.image import ImageFeatures, ImageSource, pixel_values
+from lightkv_export.runtime.image import ImageFeatures, ImageSource, sized_pixels
 from lightkv_export.runtime.session import Session
 
 
@@ -59,12 +59,13 @@ class Model:
         return Session(self.graphs, self.chat, chosen, one_shot=one_shot, prefill_chunk=prefill_chunk)
 
     def encode(self, image: ImageSource) -> ImageFeatures:
-        """The image's vision tokens, for several requests about it.
+        """The image's vision tokens at the size of the bundle that fits it best, for several requests about it.
 
         Raises:
             UserError: the image cannot be used. BundleError: the bundle takes no images.
         """
-        return ImageFeatures(self.graphs.image_features(pixel_values(self.manifest.preprocess, image)))
+        pixels = sized_pixels(self.manifest, image)
+        return self.graphs.image_features(pixels.values, pixels.size)
 
     def run(
         self,

@@ -40,9 +40,7 @@ class OrtBackend:
     name = "ort"
     max_tokens = chunk_tokens = None
 
-    def __init__(
-        self, root: Path, device: str = "cpu", threads: int | None = None, lowering: str = "modern"
-    ) -> None:
+    def __init__(self, root: Path, device: str = "cpu", threads: int | None = None, lowering: str = "modern") -> None:
         if device not in PROVIDERS:
             raise UserError(f"unknown device {device!r}", expected=f"one of: {', '.join(PROVIDERS)}")
         _check_version(ort.__version__, lowering)
@@ -61,8 +59,15 @@ class OrtBackend:
             # Loaded from its path, so that external data resolves inside the bundle.
             session = ort.InferenceSession(str(path), self._options(), providers=PROVIDERS[self.device])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
+            found = f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}"
+            if self.device == "cpu" and "NOT_IMPLEMENTED" in str(error) and _is_bfloat16(graph):
+                raise BackendError(
+                    found,
+                    expected="a float32 or float16 bundle: on a CPU, ONNX Runtime does not compute in bfloat16",
+                    fix="run it on TensorRT (`lightkv build`), or export it with --dtype fp32 or fp16 for a CPU",
+                ) from error
             raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
+                found,
                 expected="a graph of this bundle and enough memory",
                 fix="run `lightkv inspect` on the bundle; export it again if a file is damaged",
             ) from error
@@ -167,6 +172,10 @@ def _share_arena() -> None:
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     # arena_extend_strategy 1: grow by what is asked for, not to the next power of two
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+
+
+def _is_bfloat16(graph: Graph) -> bool:
+    return any(tensor.dtype == "bfloat16" for tensor in graph.outputs)
 
 
 def _first_line(error: Exception) -> str:

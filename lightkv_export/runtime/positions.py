@@ -4,7 +4,8 @@ Three policies say how tokens are numbered after a stage has shortened the seque
 * restart: from the chunk's uncompressed start, without gaps (what the authors' release does; the default);
 * original: a survivor keeps the position that it had before the stage;
 * contiguous: from the segment's own cache length, so decoding continues from there, too.
-The position and the cache row are two different things: rows are always contiguous per segment.
+The position and the cache row are two different things: rows are always contiguous per segment. Where a token has three
+positions (mRoPE) they come with the tokens, and only "original" holds: a survivor keeps its own.
 """
 
 from __future__ import annotations
@@ -32,12 +33,3 @@ def chunk_positions(policy: str, start: int, past_len: int, survivors: np.ndarra
     if policy == "contiguous":
         return past_len + np.arange(len(survivors), dtype=np.int64)
     raise BundleError(f"position policy {policy!r} is unknown", expected=f"one of: {', '.join(POLICIES)}")
-
-
-def position_ids(rope: str, positions: np.ndarray) -> np.ndarray:
-    """Positions [S'] -> the `position_ids` input of a segment: int64 [1, S'] for "1d" rotary embeddings."""
-    if rope != "1d":
-        raise BundleError(
-            f"rotary embedding {rope!r} is unknown to this runtime", expected="1d", fix="update lightkv-export"
-        )
-    return positions[None]

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from lightkv_export.manifest import Keep, KeepStage
+from lightkv_export.manifest import Keep
 from lightkv_export.runtime.backend import Buffer, to_float32
 from lightkv_export.runtime.cache import SegmentCache
 from lightkv_export.runtime.generation import OnStage, StageTrace
 from lightkv_export.runtime.graphs import Graphs
-from lightkv_export.runtime.importance import prompt_importance
+from lightkv_export.runtime.image import ImageFeatures
 from lightkv_export.runtime.layout import Layout
-from lightkv_export.runtime.positions import chunk_positions, position_ids
+from lightkv_export.runtime.merging import Merger
+from lightkv_export.runtime.positions import chunk_positions
 from lightkv_export.runtime.tokens import Tokens
 
 
@@ -43,6 +44,17 @@ class Span:
         return Span(self.start, length, self.first_rows, (length,) * len(self.rows), False)
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """What a segment needs to know about a step: the new tokens, where they are now, the DeepStack inputs by name, and
+    whether a stage follows."""
+
+    tokens: Tokens
+    layout: Layout
+    deepstack: Mapping[str, np.ndarray]
+    probed: bool
+
+
 class Sequence:
     """Caches of one conversation for one keep, and the tokens in them.
 
@@ -60,7 +72,7 @@ class Sequence:
             for graph, rows in zip(graphs.segments, capacities, strict=True)
         )
         self.traces: tuple[StageTrace, ...] = ()
-        self._stages: dict[int, KeepStage] = {stage.after_segment: stage for stage in keep.stages}
+        self._merger = Merger(graphs, keep)
         # `_spans` says what is cached. It is replaced in one assignment at the end of a step, so a step that is
         # interrupted leaves the sequence as it was: rows and keys beyond the spans are never read.
         self._spans: tuple[Span, ...] = ()
@@ -95,38 +107,38 @@ class Sequence:
         num_text = int((self.keys >= 0).sum())
         return tuple(rows - num_text for rows in self.rows_per_layer)
 
-    def step(self, tokens: Tokens, features: Mapping[int, np.ndarray], on_stage: OnStage | None = None) -> np.ndarray:
+    def step(
+        self, tokens: Tokens, features: Mapping[int, ImageFeatures], on_stage: OnStage | None = None
+    ) -> np.ndarray:
         """Run new tokens through every segment and stage and add them to the caches.
 
         Args:
-            tokens: S >= 1 tokens. If a stage will run, every image among them is whole.
-            features: serial -> [v, D] of the images among them.
+            tokens: S >= 1 tokens. Every unit of vision tokens that a stage will merge is whole.
+            features: serial -> features of the images among them.
             on_stage: called with what each stage did, importance included.
 
         Returns:
             Logits float32 [V] after the last token.
         """
-        layout = Layout.uncompressed(len(tokens), tokens.images, self.graphs.manifest.image_tokens)
-        embedded = self.graphs.embed(tokens, features)
-        hidden = self.graphs.workspace.put("embedded", self.graphs.dtype, embedded)  # [1, S, D]
-        rows, traces, merged = [], [], False
+        graphs, layout, merger = self.graphs, Layout.of(tokens), self._merger
+        hidden = graphs.workspace.put("embedded", graphs.dtype, graphs.embed(tokens, features))  # [1, S, D]
+        deepstack = graphs.deepstack(tokens, features)
+        rows, traces = [], []
         for place in range(len(self.caches)):
-            outputs = self._run_segment(place, hidden, layout)
+            work = merger.work_after(place, layout)
+            chunk = _Chunk(tokens, layout, deepstack, probed=bool(work))
+            outputs = self._run_segment(place, hidden, chunk)
             rows.append(layout.length)
             hidden = outputs.get("hidden_out")
-            if place in self._stages and layout.images:
-                stage = self._stages[place]
-                importance = self._importance(outputs, layout) if on_stage is not None else None
-                hidden, layout, trace = self._run_stage(stage, outputs, layout)  # [1, S', D]
-                traces.append(trace)
-                if on_stage is not None:
-                    on_stage(replace(trace, importance=importance))
-                merged = True
-        logits = to_float32(self.graphs.backend.read(outputs["logits"])[0], outputs["logits"].dtype)
-        self._commit(tokens, tuple(rows), merged)
+            if work:
+                merged = merger.merge(work, outputs, layout, on_stage)
+                hidden, layout = merged.hidden, merged.layout  # [1, S', D]
+                traces += merged.traces
+        logits = to_float32(graphs.backend.read(outputs["logits"])[0], outputs["logits"].dtype)
+        self._commit(tokens, tuple(rows), bool(traces))
         if len(tokens) > 1:
             self.traces = tuple(traces)
-            self.graphs.workspace.clear()  # buffers of a prefill's size
+            graphs.workspace.clear()  # buffers of a prefill's size
         return logits
 
     def rollback(self, length: int) -> int:
@@ -143,20 +155,22 @@ class Sequence:
         self._spans = tuple(spans)
         return self.length
 
-    def _run_segment(self, place: int, hidden: Buffer, layout: Layout) -> dict[str, Buffer]:
+    def _run_segment(self, place: int, hidden: Buffer, chunk: _Chunk) -> dict[str, Buffer]:
         """Run one segment; returns its outputs other than caches."""
-        graphs, past_len, length = self.graphs, self.filled[place], layout.length
-        graph, manifest, put = graphs.segments[place], graphs.manifest, graphs.workspace.put
-        positions = chunk_positions(manifest.positions, self.length, past_len, layout.survivors)
+        graphs, past_len, length = self.graphs, self.filled[place], chunk.layout.length
+        graph, put = graphs.segments[place], graphs.workspace.put
         inputs, cache_outputs = self.caches[place].bindings(past_len, length)
         inputs = dict(inputs, hidden=hidden)
-        inputs["position_ids"] = put(f"position_ids{place}", "int64", position_ids(manifest.rope, positions))
+        inputs["position_ids"] = put(f"position_ids{place}", "int64", self._position_ids(past_len, chunk))
         inputs["past_len"] = put(f"past_len{place}", "int64", np.array([past_len], np.int64))
+        for tensor in graph.inputs:
+            if tensor.name in chunk.deepstack:
+                inputs[tensor.name] = put(tensor.name, tensor.dtype, chunk.deepstack[tensor.name])
         wanted = ["hidden_out"]
         if place == len(self.caches) - 1:
             inputs["logits_index"] = put("logits_index", "int64", np.array([length - 1], np.int64))
             wanted = ["logits"]
-        elif place in self._stages and layout.images:
+        elif chunk.probed:
             wanted += ["query", "key"]
         outputs = {}
         for tensor in graph.outputs:
@@ -167,36 +181,12 @@ class Sequence:
         graphs.executable(graph).run(inputs, {**cache_outputs, **outputs})
         return outputs
 
-    def _run_stage(
-        self, stage: KeepStage, probe: Mapping[str, Buffer], layout: Layout
-    ) -> tuple[Buffer, Layout, StageTrace]:
-        """Merge the vision tokens of a chunk; returns its hidden states and layout after the stage."""
-        graphs, num_images, after = self.graphs, len(layout.images), stage.tokens_out
-        graph, put, buffer = graphs.manifest.graph_named(stage.graph), graphs.workspace.put, graphs.workspace.buffer
-        order = layout.order(after)
-        inputs = {
-            "hidden": probe["hidden_out"],
-            "query": probe["query"],
-            "key": probe["key"],
-            "text_index": put("text_index", "int64", layout.text_index),
-            "vision_index": put("vision_index", "int64", layout.vision_index),
-            "order": put("order", "int64", order),
-        }
-        width = probe["hidden_out"].shape[-1]
-        outputs = {
-            "merged": buffer("merged", probe["hidden_out"].dtype, (1, len(order), width)),
-            "kept": buffer("kept", "int64", (1, num_images, after)),
-            "target": buffer("target", "int64", (1, num_images, stage.tokens_in)),
-        }
-        graphs.executable(graph).run(inputs, outputs)
-        kept, target = (graphs.backend.read(outputs[name])[0] for name in ("kept", "target"))
-        return outputs["merged"], layout.merged(kept), StageTrace(stage.layer, kept, target)
-
-    def _importance(self, probe: Mapping[str, Buffer], layout: Layout) -> np.ndarray:
-        """What the stage graph computes inside, once more on the host, for those who want to see it: float32 [I, v]."""
-        text = self.graphs.manifest.model["text"]
-        query, key = (to_float32(self.graphs.backend.read(probe[n])[0], probe[n].dtype) for n in ("query", "key"))
-        return prompt_importance(query, key, layout.text_index, text["heads"], text["kv_heads"])[layout.vision_index]
+    def _position_ids(self, past_len: int, chunk: _Chunk) -> np.ndarray:
+        """int64 [1, S], for mRoPE [3, 1, S]."""
+        survivors = chunk.layout.survivors
+        if chunk.tokens.positions is not None:
+            return chunk.tokens.positions[:, None, survivors]
+        return chunk_positions(self.graphs.manifest.positions, self.length, past_len, survivors)[None]
 
     def _commit(self, tokens: Tokens, rows: tuple[int, ...], merged: bool) -> None:
         start, new = self.length, len(tokens)

@@ -17,14 +17,15 @@ from contextlib import closing
 import numpy as np
 
 from lightkv_export.errors import UserError
-from lightkv_export.manifest import Keep
+from lightkv_export.manifest import Graph, Keep
 from lightkv_export.runtime.chat import Chat, Detokenizer
 from lightkv_export.runtime.generation import DEFAULT_NEW_TOKENS, GREEDY, Clock, OnStage, Request, Result
 from lightkv_export.runtime.graphs import Graphs
-from lightkv_export.runtime.image import ImageFeatures, ImageSource, pixel_values
+from lightkv_export.runtime.image import ImageFeatures, ImagePixels, ImageSource, sized_pixels
 from lightkv_export.runtime.sampling import Sampler
 from lightkv_export.runtime.sequence import Sequence
-from lightkv_export.runtime.tokens import Tokens
+from lightkv_export.runtime.tokens import ShownImage, Tokens
+from lightkv_export.runtime.vision import POSITIONS
 
 
 class Session:
@@ -48,7 +49,7 @@ class Session:
         self._graphs, self._chat, self._manifest = graphs, chat, graphs.manifest
         self._one_shot, self._prefill_chunk = one_shot, prefill_chunk
         self._limit = min(self._manifest.max_tokens, graphs.backend.max_tokens or self._manifest.max_tokens)
-        self._images: dict[int, np.ndarray | ImageFeatures] = {}  # serial -> pixels; serials are never used twice
+        self._images: dict[int, ImagePixels | ImageFeatures] = {}  # by serial; serials are never used twice
         self._next_serial = 0
         self._prepared_s = 0.0
         self._before_turn = (0, 0)  # messages and images before the unanswered turn
@@ -113,13 +114,13 @@ class Session:
         prompt = self._tokens()
         max_new_tokens = self._room(len(prompt), len(request.forced) or request.max_new_tokens)
         with clock.paused():
-            self._graphs.prepare(self.keep, images=bool(prompt.images))
+            self._graphs.prepare(self.keep, prompt.vision_counts)
         if self.sequence is None:
             self.sequence = Sequence(self._graphs, self.keep, self._capacities(prompt, max_new_tokens))
         cached = self._reuse(prompt)
         self._check_caches(prompt.part(cached), max_new_tokens)
         logits = self._prefill(prompt.part(cached), request.on_stage)
-        seen = prompt.ids.tolist()
+        seen, last = prompt.ids.tolist(), prompt.part(len(prompt) - 1)
         while True:
             if request.on_logits is not None:
                 request.on_logits(logits)
@@ -133,15 +134,21 @@ class Session:
             if text:
                 yield text
             seen.append(token)
-            logits = self.sequence.step(Tokens.of([token], -1, 0, ()), {})
-        self.result = self._result(answer, "stop" if stopped else "length", clock, (len(prompt), cached))
+            last = last.then(token)
+            logits = self.sequence.step(last, {})
+        self.result = self._result(answer, "stop" if stopped else "length", clock, prompt, cached)
         if text := text + pieces.finish():
             yield text
 
     def _tokens(self) -> Tokens:
         """The whole conversation up to the answer."""
-        ids = self._chat.ids(self.messages)
-        return Tokens.of(ids, self._manifest.image_token_id, self._manifest.image_tokens, tuple(self._images))
+        ids = self._chat.ids(self.messages, [image.size for image in self._images.values()])
+        mrope = self._manifest.rope == "mrope"
+        shown = [
+            ShownImage(serial, image.size, self._graphs.tables(image.size)[POSITIONS] if mrope else None)
+            for serial, image in self._images.items()
+        ]
+        return Tokens.of(ids, self._manifest.image_token_id, shown, mrope=mrope)
 
     def _reuse(self, prompt: Tokens) -> int:
         """Roll the sequence back to what it shares with the prompt; returns how many tokens that is."""
@@ -152,7 +159,7 @@ class Session:
     def _prefill(self, tokens: Tokens, on_stage: OnStage | None) -> np.ndarray:
         """Feed the tokens; returns the logits after the last one."""
         features = {serial: self._features(self._images[serial]) for serial in tokens.serials}
-        merging = bool(self.keep.stages and tokens.images)
+        merging = any(self.keep.plan_for(units).stages for units in tokens.vision_counts)
         limit = self._graphs.backend.chunk_tokens or len(tokens)
         if merging and len(tokens) > limit:
             raise UserError(
@@ -165,31 +172,42 @@ class Session:
             logits = self.sequence.step(tokens.part(start, start + size), features, on_stage)
         return logits
 
-    def _prepared(self, image: ImageSource | ImageFeatures) -> np.ndarray | ImageFeatures:
+    def _prepared(self, image: ImageSource | ImageFeatures) -> ImagePixels | ImageFeatures:
         """Pixels of an image; one that was encoded already stays as it is, if it is of this bundle."""
         if not isinstance(image, ImageFeatures):
-            return pixel_values(self._manifest.preprocess, image)
-        expected = (self._manifest.image_tokens, self._manifest.embedding.shape[1])
-        if image.rows.shape != expected:
+            return sized_pixels(self._manifest, image)
+        width, layers = self._manifest.embedding.shape[1], len(self._manifest.deepstack_layers)
+        if image.size not in self._manifest.sizes:
             raise UserError(
-                f"an encoded image of shape {image.rows.shape}",
-                expected=f"{expected}, the vision tokens of bundle {self._manifest.name!r}",
+                f"an encoded image of size {image.size.name} with {image.size.image_tokens} vision tokens",
+                expected=f"a size of bundle {self._manifest.name!r}",
+                fix="encode the image with the model that is to see it",
+            )
+        shapes = [rows.shape for rows in (image.rows, *image.deepstack)]
+        if shapes != [(image.size.image_tokens, width)] * (1 + layers):
+            raise UserError(
+                f"an encoded image of shape {', '.join(map(str, shapes))}",
+                expected=f"{1 + layers} x {(image.size.image_tokens, width)}",
                 fix="encode the image with the model that is to see it",
             )
         return image
 
-    def _features(self, image: np.ndarray | ImageFeatures) -> np.ndarray:
-        return image.rows if isinstance(image, ImageFeatures) else self._graphs.image_features(image)
+    def _features(self, image: ImagePixels | ImageFeatures) -> ImageFeatures:
+        return image if isinstance(image, ImageFeatures) else self._graphs.image_features(image.values, image.size)
+
+    def _rows(self, graph: Graph, tokens: Tokens) -> int:
+        """Cache rows that the tokens take in a segment. Vision tokens that are not a whole unit are not merged."""
+        counts, layer = tokens.vision_counts, graph.layers[0]
+        rows = len(tokens) - sum(counts.values())
+        for units, count in counts.items():
+            rows += count // units * self.keep.plan_for(units).vision_tokens_per_layer[layer] + count % units
+        return rows
 
     def _check_caches(self, tokens: Tokens, max_new_tokens: int) -> None:
         """Prompt and answer fit into every segment's caches. Only engines have fewer rows than the bundle's limit."""
-        num_images = len(tokens.images)
-        num_text = len(tokens) - int((tokens.places >= 0).sum())
         segments = zip(self._graphs.segments, self.sequence.caches, self.sequence.filled, strict=True)
         for graph, cache, filled in segments:
-            needed = (
-                filled + num_images * self.keep.vision_tokens_per_layer[graph.layers[0]] + num_text + max_new_tokens
-            )
+            needed = filled + self._rows(graph, tokens) + max_new_tokens
             if needed > cache.capacity:
                 raise UserError(
                     f"prompt and answer need {needed} cache rows in {graph.name}",
@@ -202,10 +220,7 @@ class Session:
         """Cache rows per segment: exactly those of this request, or the bundle's limit."""
         if not self._one_shot:
             return [self._limit] * len(self._graphs.segments)
-        num_images = len(prompt.images)
-        num_text = len(prompt) - num_images * self._manifest.image_tokens
-        vision = [self.keep.vision_tokens_per_layer[graph.layers[0]] for graph in self._graphs.segments]
-        return [num_images * tokens + num_text + max_new_tokens for tokens in vision]
+        return [self._rows(graph, prompt) + max_new_tokens for graph in self._graphs.segments]
 
     def _room(self, num_prompt: int, max_new_tokens: int | None) -> int:
         """The longest answer that is asked for and fits; checked before anything is computed."""
@@ -236,7 +251,16 @@ class Session:
         for serial in list(self._images)[num_images:]:
             del self._images[serial]
 
-    def _result(self, answer: list[int], finish_reason: str, clock: Clock, prompt: tuple[int, int]) -> Result:
+    def _achieved(self, prompt: Tokens) -> float:
+        """The share of the conversation's vision tokens that is cached, averaged over the layers, as planned."""
+        counts = prompt.vision_counts
+        if not counts:
+            return self.keep.keep
+        per_unit = {units: self.keep.plan_for(units).vision_tokens_per_layer for units in counts}
+        cached = sum(count // units * sum(per_unit[units]) for units, count in counts.items())
+        return cached / sum(count * len(per_unit[units]) for units, count in counts.items())
+
+    def _result(self, answer: list[int], finish_reason: str, clock: Clock, prompt: Tokens, cached: int) -> Result:
         sequence, caches = self.sequence, self.sequence.caches
         counted = [cache.capacity for cache in caches] if self._one_shot else sequence.filled
         per_layer = [size for cache, rows in zip(caches, counted, strict=True) for size in cache.layer_bytes(rows)]
@@ -250,7 +274,7 @@ class Session:
             kv_bytes_per_layer=tuple(per_layer),
             cache_tokens_per_layer=sequence.rows_per_layer,
             vision_tokens_per_layer=sequence.vision_rows_per_layer,
-            keep=self.keep.keep,
-            prompt_tokens=prompt[0],
-            cached_tokens=prompt[1],
+            keep=self._achieved(prompt),
+            prompt_tokens=len(prompt),
+            cached_tokens=cached,
         )

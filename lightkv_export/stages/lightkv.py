@@ -98,7 +98,8 @@ def lightkv_stage(
     Raises:
         UserError: shapes, spans, windows or ratio do not fit together.
     """
-    return merge_spans(hidden, q, k, vision_spans, windows_per_side, discard_ratio)[0]
+    setting = int(windows_per_side), float(discard_ratio)  # they may be arrays read from a file
+    return merge_spans(hidden, q, k, vision_spans, [setting] * len(vision_spans))[0]
 
 
 def merge_spans(
@@ -106,20 +107,22 @@ def merge_spans(
     q: Tensor,
     k: Tensor,
     vision_spans: Spans | Tensor,
-    windows_per_side: int,
-    discard_ratio: float,
+    settings: Sequence[tuple[int, float] | None],
     importance_fn: ImportanceFn | None = None,
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """`lightkv_stage`, and where everything went. `importance_fn` replaces `importance`, for experiments.
+    """`lightkv_stage` with settings for every span, and where everything went.
+
+    Args:
+        hidden, q, k, vision_spans: as for `lightkv_stage`; the spans in ascending order.
+        settings: (windows_per_side, discard_ratio) per span; None leaves its tokens as they are (still no text).
+        importance_fn: replaces `importance`, for experiments.
 
     Returns:
         merged [B, S', D]; survivors int64 [B, S'], the row of `hidden` that each row was (merged ones: where they
-        stayed); the spans of the images in the shorter sequence.
+        stayed); the spans in the shorter sequence.
     """
     _check_shapes(hidden, q, k)
     spans = _checked_spans(vision_spans, hidden.shape[1])
-    windows_per_side, discard_ratio = int(windows_per_side), float(discard_ratio)  # they may be arrays read from a file
-    _check_settings(windows_per_side, discard_ratio)
     rows = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
     is_text = torch.ones(hidden.shape[1], dtype=torch.bool)
     for start, end in spans:
@@ -128,9 +131,13 @@ def merge_spans(
     query, key = (heads.transpose(1, 2).flatten(2) for heads in (q, k))
     scores = (importance_fn or importance)(query, key, text_index, q.shape[1], k.shape[1])
     pieces, survivors, left, done, shift = [], [], [], 0, 0
-    for start, end in spans:
+    for (start, end), setting in zip(spans, settings, strict=True):
+        if setting is None:
+            left.append((start - shift, end - shift))
+            continue
+        _check_settings(*setting)
         image = slice(start, end)
-        merged, kept, _ = merge(hidden[:, None, image], scores[:, None, image], windows_per_side, discard_ratio)
+        merged, kept, _ = merge(hidden[:, None, image], scores[:, None, image], *setting)
         pieces += [hidden[:, done:start], merged[:, 0]]
         survivors += [rows[:, done:start], start + kept[:, 0]]
         left.append((start - shift, start - shift + merged.shape[2]))

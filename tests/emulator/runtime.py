@@ -65,6 +65,17 @@ class Engine:
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.profiles_in_use: set[int] = set()
 
+    def inferred(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, onnx.ValueInfoProto]:
+        """The outputs as they follow from the inputs' shapes: for axes that no input has."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for value in model.graph.input:
+            for axis, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+                axis.dim_value = size
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        return {value.name: value for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output}
+
     @property
     def num_io_tensors(self) -> int:
         return len(self.inputs) + len(self.outputs)
@@ -149,6 +160,8 @@ class ExecutionContext:
             return self.shapes.get(name, (-1,))
         sizes = self._symbols()
         axes = self.engine.outputs[name].type.tensor_type.shape.dim
+        if any(axis.dim_param and axis.dim_param not in sizes for axis in axes) and not self.infer_shapes():
+            axes = self.engine.inferred(self.shapes)[name].type.tensor_type.shape.dim
         return tuple(axis.dim_value if axis.HasField("dim_value") else sizes.get(axis.dim_param, -1) for axis in axes)
 
     def update_device_memory_size_for_shapes(self) -> int:
