@@ -114,10 +114,9 @@ class BundleWriter:
         out: directory to create; parents are made as needed.
         overwrite: replace a bundle (or an empty directory) that stands there. Anything else is never replaced.
         fresh: take nothing over from an interrupted export.
-        expected_bytes: about what the bundle will take on disk; checked against the free space before any work.
 
     Raises:
-        UserError: `out` exists, cannot be created, or the disk is too small or runs full.
+        UserError: `out` exists, cannot be created, or the disk runs full.
     """
 
     def __init__(
@@ -126,11 +125,10 @@ class BundleWriter:
         overwrite: bool = False,
         *,
         fresh: bool = False,
-        expected_bytes: int | None = None,
     ) -> None:
         self.out = Path(out).resolve()
         self.overwrite, self.fresh = overwrite, fresh
-        self.expected_bytes = expected_bytes
+        self._expected_bytes: int | None = None
         self.path = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
         self._made_parents: list[Path] = []
         self._leftovers: list[Path] = []
@@ -144,7 +142,6 @@ class BundleWriter:
             for parent in reversed([p for p in self.out.parents if not p.exists()]):
                 parent.mkdir()
                 self._made_parents.append(parent)
-            self._check_space()
             self.path.mkdir()
             _ACTIVE.add(self.path)
         except BaseException as error:
@@ -169,16 +166,26 @@ class BundleWriter:
         else:
             self._discard()
         if reason:
-            needed = self.expected_bytes or written
+            needed = self._expected_bytes or written
             raise UserError(
                 f"cannot write the bundle {self.out}: {reason} ({size_text(free)} free, {size_text(written)} written)",
-                expected=f"room for {'about' if self.expected_bytes else 'more than'} {size_text(needed)}",
+                expected=f"room for {'about' if self._expected_bytes else 'more than'} {size_text(needed)}",
                 fix=f"free some space or choose another --out; {kept or 'nothing was left behind'}",
             ) from error
         if kept:
             raise KeyboardInterrupt(f"interrupted; {kept}") from error
         if error is None:
             raise RuntimeError("BundleWriter: the block ended without finish(); the bundle was discarded")
+
+    def require_space(self, expected_bytes: int) -> None:
+        """Raises UserError unless about `expected_bytes` can still be written; a full disk is then told with them."""
+        self._expected_bytes, free = expected_bytes, free_bytes(self.out.parent)
+        if expected_bytes > free:
+            raise UserError(
+                f"not enough space in {self.out.parent}: {size_text(free)} free",
+                expected=f"about {size_text(expected_bytes)} for the bundle",
+                fix="free some space or choose another --out",
+            )
 
     def resume(self, fingerprint: str, digests: Digests) -> Journal:
         """The journal of finished parts; what an interrupted export with this `fingerprint` left is in it already."""
@@ -226,15 +233,6 @@ class BundleWriter:
                 f"{self.out} is not a bundle, so it is not overwritten",
                 expected=f"a directory with {MANIFEST_NAME}, or an empty or new one",
                 fix="choose another --out",
-            )
-
-    def _check_space(self) -> None:
-        free = free_bytes(self.out.parent)
-        if self.expected_bytes is not None and self.expected_bytes > free:
-            raise UserError(
-                f"not enough space in {self.out.parent}: {size_text(free)} free",
-                expected=f"about {size_text(self.expected_bytes)} for the bundle",
-                fix="free some space or choose another --out",
             )
 
     def _move_into_place(self) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 from lightkv_export.errors import UserError
 from lightkv_export.filesystem import disk_error
+from lightkv_export.recipe import recipe_directory
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]  # no pickles, no code
+BUILTIN = "builtin:"  # a checkpoint that lies beside its recipe
 SUPPORTED = {"torch": ("2.13", "2.14"), "transformers": ("5.20", "6")}
 """Package -> (first release that exports are made with, first that they are not), as in pyproject.toml."""
 
@@ -58,18 +60,11 @@ def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def checkpoint_directory(checkpoint: str, revision: str | None = None) -> Path:
-    """The local directory of a recipe's checkpoint, downloaded or built first if need be."""
-    if checkpoint == "builtin:tiny-llava":
-        from lightkv_export.tiny import tiny_llava_checkpoint
-
-        return tiny_llava_checkpoint()
-    if Path(checkpoint).is_dir():
-        directory = Path(checkpoint)
-    else:
-        config_of(checkpoint, revision)  # what will be refused is refused before gigabytes are downloaded
-        directory = Path(_from_hub(checkpoint, revision, HUB_FILES))
-    _read_config(directory, checkpoint)
-    return directory
+    """The local directory of a recipe's checkpoint, downloaded first if need be."""
+    if checkpoint.startswith(BUILTIN):
+        return recipe_directory() / checkpoint.removeprefix(BUILTIN)
+    config_of(checkpoint, revision)  # what will be refused is refused before gigabytes are downloaded
+    return Path(checkpoint if Path(checkpoint).is_dir() else _from_hub(checkpoint, revision, HUB_FILES))
 
 
 def _read_config(directory: Path, model: str) -> dict[str, Any]:

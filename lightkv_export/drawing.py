@@ -20,8 +20,9 @@ from lightkv_export.errors import UserError
 from lightkv_export.manifest import Preprocess, Size
 from lightkv_export.report import write_bytes
 from lightkv_export.runtime.generation import StageTrace
-from lightkv_export.runtime.image import ImageSource, decode, fit_size, pixel_values, seen_image
+from lightkv_export.runtime.image import ImageSource, decode, fit_size, framed, seen_image
 from lightkv_export.runtime.model import Model
+from lightkv_export.runtime.pixels_tiles import tile_views
 
 Grid = tuple[int, int]
 """Rows and columns of vision tokens."""
@@ -127,23 +128,17 @@ def _size_of(model: Model, image: np.ndarray) -> Size:
 
 
 def _seen_tiles(preprocess: Preprocess, image: np.ndarray, size: Size) -> tuple[Seen, ...]:
-    """Tiles are shown as the vision graph is given them, turned back into colours."""
-    pixels, settings = pixel_values(preprocess, image, size), preprocess.settings
-    if len(pixels) != size.units:
+    """Tiles are shown as the vision graph sees them."""
+    tiles = tile_views(framed(image, size), size.geometry, preprocess.settings)
+    if len(tiles) != size.units:
         raise UserError(
-            f"the {size.tokens} vision tokens of an image of {size.name} are {len(pixels)} tiles and line breaks",
+            f"the {size.tokens} vision tokens of an image of {size.name} are {len(tiles)} tiles and line breaks",
             expected="vision tokens on one grid, as of a model that merges an image or a tile as a whole",
             fix="the picture cannot be drawn for this model; the stages are listed by lightkv inspect",
         )
     grid = (isqrt(size.tokens),) * 2
     _check_grid(grid, size)
-    if settings.get("do_normalize", True):
-        mean, deviation = (np.array(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
-        pixels = pixels * deviation + mean
-    if settings.get("do_rescale", True):
-        pixels = pixels / settings.get("rescale_factor", 1 / 255)
-    colours = np.rint(pixels).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return tuple(Seen(tile, grid) for tile in colours)
+    return tuple(Seen(tile, grid) for tile in tiles)
 
 
 def _check_grid(grid: Grid, size: Size) -> None:

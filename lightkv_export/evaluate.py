@@ -96,7 +96,7 @@ def evaluate(
     Raises:
         UserError: a keep that the bundle lacks, or a limit below 1.
     """
-    frozen = frozen.first(request.limit)
+    frozen = frozen.sample(request.limit)
     keeps = [model.manifest.keep_named(keep).requested for keep in (1.0, *request.keeps)]
     if not request.keeps:
         keeps += [keep.requested for keep in model.manifest.keeps]
@@ -120,9 +120,9 @@ def evaluate(
 
 
 def answer_tokens(model: Model, questions: Sequence[Question]) -> int:
-    """Tokens that the longest right answer needs, its end included: what is longer cannot be right."""
+    """Tokens that the longest right answer needs, a space before it and its end included: what is longer is wrong."""
     tokenizer = model.chat.tokenizer
-    return 1 + max(len(tokenizer.encode(q.answer, add_special_tokens=False).ids) for q in questions)
+    return 1 + max(len(tokenizer.encode(f" {q.answer}", add_special_tokens=False).ids) for q in questions)
 
 
 def right_answers(questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:

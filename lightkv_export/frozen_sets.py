@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,13 +41,14 @@ class FrozenSet:
     images: Mapping[str, bytes]
     sha256: str
 
-    def first(self, limit: int | None) -> FrozenSet:
-        """Questions spread evenly over the set, at most `limit`; None: all."""
+    def sample(self, limit: int | None) -> FrozenSet:
+        """At most `limit` questions, drawn without order (a set has as many of each image, so a stride would favour
+        skills), but always the same; None: all."""
         if limit is None or limit >= len(self.questions):
             return self
         if limit < 1:
             raise UserError(f"limit is {limit}", expected="at least 1 question")
-        chosen = (place * len(self.questions) // limit for place in range(limit))
+        chosen = sorted(random.Random(0).sample(range(len(self.questions)), limit))
         return replace(self, questions=tuple(self.questions[place] for place in chosen))
 
 

@@ -20,6 +20,17 @@ TENSOR_DTYPES = (*FLOAT_DTYPES, "int64", "int32", "int8", "uint8", "bool")
 ROLES = ("vision", "segment", "stage")
 PROTOCOLS = {"modern": "scatter", "portable": "append"}  # lowering -> cache protocol
 ROPES = ("1d", "mrope")
+POSITION_TABLE = "positions"  # the table of a size that is no input of the vision graph
+
+
+def deepstack_name(layer: int) -> str:
+    """Output of the vision graph and input of the segment that holds decoder layer `layer`."""
+    return f"deepstack_{layer}"
+
+
+def size_name(width: int, height: int) -> str:
+    """An image size in words: "672x504"."""
+    return f"{width}x{height}"
 
 
 @dataclass(frozen=True)
@@ -133,8 +144,8 @@ class Size:
 
     @property
     def name(self) -> str:
-        """Width x height, as in "672x504"."""
-        return f"{self.width}x{self.height}"
+        """What `size_name` calls it."""
+        return size_name(self.width, self.height)
 
     @property
     def image_tokens(self) -> int:

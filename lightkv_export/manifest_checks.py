@@ -16,6 +16,7 @@ from lightkv_export.manifest import (
     Manifest,
     Size,
     check_path,
+    deepstack_name,
 )
 
 
@@ -126,7 +127,7 @@ def _graph_problems(m: Manifest) -> Iterator[str]:
 def _deepstack_problems(m: Manifest) -> Iterator[str]:
     """DeepStack features enter every vision token, so nothing may be merged before the last of them is added."""
     for layer in m.deepstack_layers:
-        name = f"deepstack_{layer}"
+        name = deepstack_name(layer)
         takes = any(
             tensor.name == name
             for graph in m.graphs

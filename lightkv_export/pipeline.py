@@ -34,7 +34,7 @@ from lightkv_export.lower import LOWERINGS, Lowering, attach_weights, lower, sav
 from lightkv_export.manifest import Embedding, Manifest, Size
 from lightkv_export.recipe import Recipe, StageSpec
 from lightkv_export.resume import Journal, checkpoint_stamps, fingerprint_of
-from lightkv_export.sizes import Layouts, layouts_of, recipe_for, write_sizes
+from lightkv_export.sizes import Layouts, layouts_of, recipe_for, unit_lengths, write_sizes
 from lightkv_export.skeleton import Skeleton, checkpoint_names, load_skeleton
 from lightkv_export.steps import NOTE, OnStep, Steps
 from lightkv_export.trace import DTYPE_NAMES
@@ -120,8 +120,7 @@ def export_bundle(request: ExportRequest, on_step: OnStep = lambda name, done, t
             recipe = recipe_for(recipe, layouts)
             steps.keep("recipe.json", lambda: json.dumps(asdict(recipe), indent=2, default=dict))
         with steps.step("plan"):
-            lengths = tuple(dict.fromkeys(layout.tokens for layout in layouts.values()))
-            plan = plan_export(recipe, request, lengths, family.deepstack_layers(checkpoint.config))
+            plan = plan_export(recipe, request, unit_lengths(layouts), family.deepstack_layers(checkpoint.config))
             steps.keep("plan.json", lambda: json.dumps(asdict(plan), indent=2))
             journal = writer.resume(_fingerprint(request, recipe, plan, directory), digests)
             if journal.parts:
@@ -133,6 +132,7 @@ def export_bundle(request: ExportRequest, on_step: OnStep = lambda name, done, t
                 digests.start(file)  # takes longest where nothing is written
             skeleton = load_skeleton(directory, family, DTYPES[request.dtype], stored)
             weights = _model_weights(skeleton, stored)
+            writer.require_space(0 if journal.parts else files.bytes_written(weights.values()))
             max_tokens = max_tokens_of(skeleton, request, layouts)
         files.add(EMBEDDING, {skeleton.embedding_name: weights[skeleton.embedding_name]})
         making = Making(steps, journal, LOWERINGS[request.lowering], weights, files)
@@ -142,8 +142,8 @@ def export_bundle(request: ExportRequest, on_step: OnStep = lambda name, done, t
             steps.keep("weights.json", lambda: json.dumps({n: str(r) for n, r in files.placed.items()}, indent=2))
             making.write_weights()
         with steps.step("assemble"):
-            table = files.placed[skeleton.embedding_name]
             sizes = write_sizes(layouts, graphs[0].graph.inputs, writer.path)
+            table = files.placed[skeleton.embedding_name]
             export = Export(request, recipe, plan, graphs, assets, table, checkpoint.config, sizes, max_tokens)
             manifest = manifest_from_export(export, writer.path)
             return writer.finish(manifest, lambda name, done, total: on_step("hash", done, total), digests)

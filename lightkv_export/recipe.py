@@ -31,7 +31,7 @@ __all__ = [
     "recipe_names",
 ]
 
-POSITIONS = ("restart", "original", "contiguous")
+POSITIONS = ("original", "restart", "contiguous")
 
 _T = TypeVar("_T")
 _TYPES = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}
@@ -59,7 +59,7 @@ class Recipe:
     shape: ModelShape
     windows: tuple[int, ...]
     schedules: Mapping[float, tuple[StageSpec, ...]]
-    positions: str = "restart"
+    positions: str = "original"
     tolerances: Mapping[str, float] = field(default_factory=dict)
     sizes: tuple[RecipeSize, ...] = ()
 
@@ -118,7 +118,7 @@ def recipe_from_toml(text: str, name: str) -> Recipe:
         table = toml.loads(text)
     except toml.TOMLDecodeError as error:
         raise UserError(f"{where} is not valid TOML: {error}", fix="correct the file at that place") from None
-    optional = {"revision": None, "positions": "restart", "schedule": [], "tolerances": {}, "size": []}
+    optional = {"revision": None, "positions": "original", "schedule": [], "tolerances": {}, "size": []}
     required = ("family", "checkpoint", "windows", "text", "vision")
     _check_keys(table, (*required, *optional), required, where)
     values = optional | table

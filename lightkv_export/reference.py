@@ -188,7 +188,7 @@ class EagerSession:
         self,
         reference: Reference,
         stages: Sequence[StageSpec] | Mapping[int, Sequence[StageSpec]],
-        positions: str = "restart",
+        positions: str = "original",
     ) -> None:
         self.reference, self.positions = reference, positions
         self.stages = stages

@@ -11,14 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import isqrt
 
 from lightkv_export import flops
 from lightkv_export.errors import UserError
 from lightkv_export.flops import Flops
 from lightkv_export.recipe import ModelShape, Recipe, StageSpec, TextShape
 from lightkv_export.solver import KEEP_TOLERANCE, solve
-from lightkv_export.windows import MIN_TOKENS_PER_WINDOW, skips, tokens_after, tokens_discarded, window_members
+from lightkv_export.windows import (
+    MIN_TOKENS_PER_WINDOW,
+    most_windows,
+    skips,
+    tokens_after,
+    tokens_discarded,
+    window_members,
+)
 
 __all__ = [
     "Plan",
@@ -183,7 +189,7 @@ def schedule_from_other(recipe: Recipe, other: Schedule, vision_tokens: int) -> 
         return schedule_from_stages(layers, vision_tokens, [stage.spec for stage in other.stages])
     specs, left = [], vision_tokens
     for stage in other.stages:
-        side = max(1, min(stage.windows_per_side, isqrt(left // MIN_TOKENS_PER_WINDOW)))
+        side = max(1, min(stage.windows_per_side, most_windows(left)))
         specs.append(StageSpec(stage.layer, side, stage.discard_ratio))
         left = tokens_after(left, side, stage.discard_ratio)
     same = _usable(layers, vision_tokens, specs)

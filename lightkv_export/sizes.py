@@ -10,11 +10,10 @@ import numpy as np
 
 from lightkv_export.errors import LightKVError, UserError
 from lightkv_export.families import Checkpoint, Family, SizeLayout
-from lightkv_export.manifest import Size
+from lightkv_export.manifest import POSITION_TABLE, Size, size_name
 from lightkv_export.manifest import Tensor as Spec
 from lightkv_export.recipe import Recipe
 
-POSITIONS = "positions"  # the table that is no input of the vision graph
 Layouts = Mapping[tuple[int, int], SizeLayout]
 """Layouts by (width, height), the default size first."""
 
@@ -33,13 +32,18 @@ def layouts_of(family: Family, checkpoint: Checkpoint, recipe: Recipe, asked: Se
             # Images are given a size by their aspect ratio, so another ratio is another size though tiles are the same.
             if size == other or (_same(layout, known) and _alike(size, other)):
                 raise UserError(
-                    f"image sizes {_name(other)} and {_name(size)} are one to this model: {layout.units} x "
+                    f"image sizes {size_name(*other)} and {size_name(*size)} are one to this model: {layout.units} x "
                     f"{layout.tokens} vision tokens from the same pixels",
                     expected="sizes that it lays out differently",
-                    fix=f"leave {_name(size)} out",
+                    fix=f"leave {size_name(*size)} out",
                 )
         layouts[size] = layout
     return layouts
+
+
+def unit_lengths(layouts: Layouts) -> tuple[int, ...]:
+    """The numbers of vision tokens that units have, each once, the default size's first."""
+    return tuple(dict.fromkeys(layout.tokens for layout in layouts.values()))
 
 
 def recipe_for(recipe: Recipe, layouts: Layouts) -> Recipe:
@@ -61,9 +65,9 @@ def write_sizes(layouts: Layouts, inputs: Sequence[Spec], root: Path) -> tuple[S
     """
     sizes = []
     for (width, height), layout in layouts.items():
-        name, tables = f"sizes/{_name((width, height))}.npz", _checked_tables(layout, inputs[1:])
+        name, tables = f"sizes/{size_name(width, height)}.npz", _checked_tables(layout, inputs[1:])
         if layout.positions is not None:
-            tables[POSITIONS] = np.asarray(layout.positions, np.int64)
+            tables[POSITION_TABLE] = np.asarray(layout.positions, np.int64)
         if tables:
             (root / "sizes").mkdir(exist_ok=True)
             np.savez(root / name, **tables)
@@ -104,7 +108,3 @@ def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether aspect ratios differ by less than 1 %, about what rounding to whole tokens changes."""
     wide, high = one[0] * other[1], one[1] * other[0]
     return abs(wide - high) < 0.01 * max(wide, high)
-
-
-def _name(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

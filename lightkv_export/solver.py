@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
-from math import isqrt
 from typing import NamedTuple
 
 from lightkv_export.errors import UserError
 from lightkv_export.recipe import StageSpec
-from lightkv_export.windows import MIN_TOKENS_PER_WINDOW, tokens_after
+from lightkv_export.windows import MIN_TOKENS_PER_WINDOW, most_windows, tokens_after
 
 KEEP_TOLERANCE = 0.01  # a schedule is an answer to a keep if it lands this close
 SHALLOWEST_LAYER = 2  # no stage before this layer: the first layers are where vision tokens are read most
@@ -73,7 +72,7 @@ def _chain(tokens: int, windows: Sequence[int], ratio: float) -> tuple[tuple[int
     """Windows per side of each stage, and the tokens before, between and after them; None if a stage would be idle."""
     sides, counts = [], [tokens]
     for wanted in windows:
-        side = min(wanted, isqrt(counts[-1] // MIN_TOKENS_PER_WINDOW))
+        side = min(wanted, most_windows(counts[-1]))
         left = tokens_after(counts[-1], side, ratio) if side else counts[-1]
         if left == counts[-1]:
             return None

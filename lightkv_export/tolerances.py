@@ -37,6 +37,8 @@ TOLERANCES = {
     "bfloat16": Tolerances(logits=4.0, logits_share=0.3, tie=0.5, top1=0.8),
 }
 
+PIXELS = 1e-5  # of any dtype: largest difference of a pixel value, as a share of the largest value
+
 
 def tolerances_for(dtype: str, overrides: Mapping[str, float]) -> Tolerances:
     """The table's row for `dtype` with a recipe's overrides; raises UserError for a key that means nothing."""

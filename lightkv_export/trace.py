@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from lightkv_export.export_plan import stage_name
 from lightkv_export.families.base import Family
 from lightkv_export.manifest import Tensor as Spec
+from lightkv_export.manifest import deepstack_name
 from lightkv_export.recipe import TextShape
 from lightkv_export.schedule import Stage
 from lightkv_export.segment import Segment
@@ -127,11 +128,6 @@ def trace_vision(skeleton: Skeleton) -> Traced:
         program = _export(module, inputs, [slice(0, len(inputs))])
     outputs = tuple(Spec(name, dtype, shape) for name, shape in zip(names, _shapes(program, inputs), strict=True))
     return Traced("vision", "vision", program, inputs, outputs, skeleton.weights_of(module))
-
-
-def deepstack_name(layer: int) -> str:
-    """Output of the vision graph and input of the segment that holds decoder layer `layer`."""
-    return f"deepstack_{layer}"
 
 
 def _shapes(program: ExportedProgram, inputs: Sequence[Spec]) -> list[tuple[int | str, ...]]:

@@ -30,11 +30,10 @@ from lightkv_export.runtime.image import pixel_values
 from lightkv_export.runtime.model import Model
 from lightkv_export.schedule import Request as PlanRequest
 from lightkv_export.schedule import Schedule, Stage, plan
-from lightkv_export.tolerances import Tolerances, tolerances_for
+from lightkv_export.tolerances import PIXELS, Tolerances, tolerances_for
 from lightkv_export.trace import TORCH_DTYPES
 from lightkv_export.verify_cases import CASES, Case, pictures_for, stages_of, with_other_sizes
 
-PIXELS = 1e-5  # largest difference of a pixel value, as a share of the largest value
 OnCase = Callable[[str, int, int], None]
 
 

@@ -246,6 +246,11 @@ class WeightFiles:
         """Whether the checkpoint's own bytes will do."""
         return self.link and (ref.dtype == self.dtype or not ref.dtype.is_floating_point)
 
+    def bytes_written(self, tensors: Iterable[TensorRef]) -> int:
+        """What `add` will write for the `tensors`; linked ones take no room."""
+        elements = (math.prod(ref.shape) for ref in set(tensors) if not self.is_linked(ref))
+        return sum(elements) * self.dtype.itemsize
+
     def add(self, stem: str, tensors: Mapping[str, TensorRef]) -> None:
         """Places the `tensors` (name -> checkpoint's tensor) that have no place yet."""
         written = {}

@@ -38,6 +38,11 @@ def skips(tokens: int, windows_per_side: int) -> bool:
     return tokens < MIN_TOKENS_PER_WINDOW * windows_per_side**2
 
 
+def most_windows(tokens: int) -> int:
+    """The most windows per side at which a stage on `tokens` tokens does something; 0 if none does."""
+    return isqrt(tokens // MIN_TOKENS_PER_WINDOW)
+
+
 def tokens_after(tokens: int, windows_per_side: int, discard_ratio: float) -> int:
     """Vision tokens of one image left after a stage: Σ over windows of (n - r), or `tokens` if the skip rule holds."""
     if skips(tokens, windows_per_side):

@@ -33,7 +33,7 @@ class Step:
     """A stage, what weighs its tokens (one of GUIDANCES), and the positions policy behind it."""
 
     stage: StageSpec
-    positions: str = "restart"
+    positions: str = "original"
     guidance: str = "prompt"
 
 
@@ -138,9 +138,9 @@ class Asker:
         return self.reference.encode([{"role": "user", "content": content}], [image]).ids
 
     def _answer(self, question: Question) -> torch.Tensor:
-        """The right answer as the model writes it: at least one token, and the end of the sequence."""
+        """The right answer as the model writes it: a space, at least one token, and the end of the sequence."""
         tokenizer = self.reference.processor.tokenizer
-        ids = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
 

@@ -12,5 +12,5 @@ say "2/3 comparing the bundle with the PyTorch reference"
 "$BIN/lightkv" verify "$BUNDLE"
 say "3/3 asking about recipes/tiny-llava/example.png"
 "$BIN/lightkv" run "$BUNDLE" --keep 0.55 --image "$ROOT/recipes/tiny-llava/example.png" \
-    --prompt "What is in the picture?" --max-new-tokens 32
+    --prompt "What colour is the star?" --max-new-tokens 8
 say "done; next: .venv/bin/lightkv inspect out/tiny-llava, or lightkv chat out/tiny-llava"

@@ -78,8 +78,8 @@ class SceneMaker:
         self._noise = self.rng.normal(0, 5, (8, SIDE, SIDE, 3)).astype(np.float32)
 
     def scene(self, *, crowded: bool = False) -> Scene:
-        """The next scene; a crowded one has five shapes, two words and two numbers: more to learn from for the eye."""
-        items = self._items((5, 2, 2) if crowded else None)
+        """The next scene; a crowded one has all places filled, mostly with what is hard to read, for the eye."""
+        items = self._crowd() if crowded else self._items()
         pixels = self._background()
         labels = _background_labels()
         for item in items:
@@ -87,13 +87,11 @@ class SceneMaker:
         pixels += self._noise[self.rng.integers(len(self._noise))]
         return Scene(np.clip(pixels, 0, 255).astype(np.uint8) & 0xF8, items, labels)  # 5 bits: small PNG files
 
-    def _items(self, numbers: tuple[int, int, int] | None) -> tuple[Item, ...]:
-        """Shapes, words and numbers in different places; how many of each is drawn unless given."""
+    def _items(self) -> tuple[Item, ...]:
+        """Two to five shapes of few kinds, and up to two signs, in different places."""
         rng = self.rng
-        if numbers is None:
-            num_words = int(rng.binomial(num_signs := int(rng.choice(3, p=(0.2, 0.5, 0.3))), 0.5))
-            numbers = (int(rng.integers(2, 6)), num_words, num_signs - num_words)
-        num_shapes, num_words, num_numbers = numbers
+        num_words = int(rng.binomial(num_signs := int(rng.choice(3, p=(0.2, 0.5, 0.3))), 0.5))
+        num_shapes, num_numbers = int(rng.integers(2, 6)), num_signs - num_words
         places = rng.permutation(9).tolist()
         # Few kinds per scene, so that counts above one and near misses ("a red ring", but no red star) are common.
         shapes = rng.permutation(len(SHAPES))[: rng.integers(2, 5)]
@@ -109,9 +107,28 @@ class SceneMaker:
             )
             for _ in range(num_shapes)
         ]
-        items += [Item("word", places.pop(), WORDS[rng.integers(len(WORDS))]) for _ in range(num_words)]
-        items += [Item("number", places.pop(), str(rng.integers(10, 100))) for _ in range(num_numbers)]
-        return tuple(items)
+        return (*items, *self._signs(places, num_words, num_numbers))
+
+    def _crowd(self) -> tuple[Item, ...]:
+        """Five shapes of any kind, three of four small, a word and three numbers."""
+        rng = self.rng
+        places, names = rng.permutation(9).tolist(), list(COLOURS)
+        items = [
+            Item(
+                "shape",
+                places.pop(),
+                SHAPES[rng.integers(len(SHAPES))],
+                names[rng.integers(len(names))],
+                ("small", "small", "small", "large")[rng.integers(4)],
+            )
+            for _ in range(5)
+        ]
+        return (*items, *self._signs(places, 1, 3))
+
+    def _signs(self, places: list[int], num_words: int, num_numbers: int) -> list[Item]:
+        rng = self.rng
+        words = [Item("word", places.pop(), WORDS[rng.integers(len(WORDS))]) for _ in range(num_words)]
+        return words + [Item("number", places.pop(), str(rng.integers(10, 100))) for _ in range(num_numbers)]
 
     def _background(self) -> np.ndarray:
         rng = self.rng

@@ -3,10 +3,10 @@
     python scripts/train_tiny_llava.py [--work DIR] [--device cpu|cuda] [--workers N] [--out DIR] [--phase NAME=STEPS]
 
 Phases (PHASES): first the vision tower alone learns to tell what each patch shows, within windows of one place and
-then over the whole image; then the decoder answers questions, first from a random ninth and quarter of the vision
-tokens, at last from all 576. It saves its state every two minutes and goes on from there when started again, with new
-scenes. On a CPU each worker is a process with one thread that takes its share of every batch: where other programs
-compete for the cores that is three times as fast as one process with two threads.
+then over the whole image; then the decoder alone learns to answer questions, first from a random ninth and quarter of
+the vision tokens, at last from all 576. It saves its state every two minutes and goes on from there when started again,
+with new scenes. On a CPU each worker is a process with one thread that takes its share of every batch: where other
+programs compete for the cores that is three times as fast as one process with two threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-llava"
 TRAIN_SEED, WATCH_SEED = 1, 2  # the frozen sets have others: make_tiny_sets.py
 QUESTIONS, LENGTH = 16, 22  # per image, and tokens per question with its answer: more than the longest has
 MUON = 2.0  # its learning rate over AdamW's
+EMBEDDINGS = re.compile("embed|lm_head")  # AdamW's, like everything that is not a matrix
 SAVE_SECONDS, WATCH_SECONDS = 120, 180
 
 
@@ -44,23 +46,24 @@ class Phase:
     rate: float
     last_rate: float
     windows: int = 1  # attention of the vision tower stays in windows x windows squares
+    whole_every: int = 0  # but not in one of so many steps
     stride: int = 0  # vision tokens shown to the decoder: one of each stride x stride; 0: no questions
     crowded: bool = False  # scenes with nine things each
     skills: tuple[str, ...] = tuple(SKILLS)
-    joint: bool = True  # whether the vision tower learns from the answers too, not from the patches' labels alone
-    eye_every: int = 1  # if not joint: the tower learns in one of so many steps
     length: int = LENGTH  # longer questions are left out; 16 leaves out one in twenty
 
 
 LOOK = ("colour", "shape", "place", "size", "number", "word")  # skills that look one thing up
+COUNTING = (*SKILLS, "count", "count", "compare")  # counting is learnt last
 PHASES = (
     Phase("parts", 600, 32, 1.5e-3, 1.5e-3, windows=3),
     Phase("crowded", 900, 32, 1.5e-3, 1.0e-3, windows=3, crowded=True),
     Phase("whole", 400, 32, 1.0e-3, 5e-4),
-    Phase("look", 1500, 24, 1.0e-3, 1.0e-3, crowded=True, stride=3, skills=LOOK, joint=False, eye_every=4, length=16),
-    Phase("ninth", 4000, 24, 1.0e-3, 7e-4, stride=3, joint=False, eye_every=4, length=16),
-    Phase("quarter", 1500, 32, 7e-4, 3e-4, stride=2),
-    Phase("all", 600, 32, 3e-4, 1e-5, stride=1),
+    Phase("fine", 1200, 32, 1.0e-3, 2e-5, windows=3, whole_every=4, crowded=True),
+    Phase("look", 750, 24, 1.0e-3, 1.0e-3, crowded=True, stride=3, skills=LOOK, length=16),
+    Phase("ninth", 3000, 24, 1.0e-3, 7e-4, stride=3, length=16),
+    Phase("quarter", 600, 32, 7e-4, 2e-4, stride=2, skills=COUNTING),
+    Phase("all", 400, 32, 2e-4, 1e-5, stride=1, skills=COUNTING),
 )
 
 
@@ -71,7 +74,7 @@ class State:
     model: torch.nn.Module
     heads: tiny_model.DenseHeads
     adam: torch.optim.Optimizer
-    muon: torch.optim.Optimizer  # for the decoder's matrices
+    muon: torch.optim.Optimizer  # for the matrices of the tower and the decoder
     done: dict[str, int] = field(default_factory=dict)  # steps per phase
     seconds: float = 0.0
     images: int = 0
@@ -153,41 +156,44 @@ def places_shown(batch: int, stride: int) -> torch.Tensor:
 
 
 def step(state: State, phase: Phase, worker: Worker) -> dict[str, float]:
-    """One optimizer step; returns what to watch."""
+    """One optimizer step, of the tower (by the patches' labels) or of the decoder; returns what to watch."""
     device, batch = worker.device, phase.batch // worker.workers
     scenes = [worker.maker.scene(crowded=phase.crowded) for _ in range(batch)]
-    labels = torch.from_numpy(np.stack([scene.patch_labels for scene in scenes])).flatten(0, 2).to(device)
     state.images += phase.batch
-    looking = phase.joint or state.done.get(phase.name, 0) % phase.eye_every == 0
-    with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(looking):
-        vision = tiny_model.vision_tokens(state.model, images_of(scenes, device), phase.windows)
-    loss, watched = state.heads(vision.flatten(0, 1).float(), labels) if looking else (0.0, {})
+    whole = phase.whole_every and state.done.get(phase.name, 0) % phase.whole_every == 0
+    with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(not phase.stride):
+        vision = tiny_model.vision_tokens(state.model, images_of(scenes, device), 1 if whole else phase.windows)
     if phase.stride:
-        asked = [ask_many(worker.rng, scene, QUESTIONS, phase.skills) for scene in scenes]
-        text = worker.encoder.text(asked, phase.length)
-        places = places_shown(batch, phase.stride)
-        source = vision if phase.joint else vision.detach()
-        shown = source.gather(1, places.to(device)[..., None].expand(-1, -1, vision.shape[2]))
-        if phase.stride > 1 and worker.rng.random() < 0.5:  # as if the image had this many tokens
-            places = torch.arange(places.shape[1]).expand_as(places)
-        with torch.autocast(device, torch.bfloat16):
-            logits, targets = tiny_model.answer_logits(
-                state.model, shown, places.to(device), text.to(device), worker.encoder.head.to(device)
-            )
-        answers = F.cross_entropy(logits, targets)
-        loss = answers + 0.3 * loss
-        watched |= {"answers": answers.item(), "tokens": (logits.argmax(-1) == targets).float().mean().item()}
-    optimizers = (state.adam, state.muon) if phase.stride else (state.adam,)
-    weights = [w for part in optimizers for group in part.param_groups for w in group["params"]]
-    for weight in weights:
-        weight.grad = None
+        loss, watched = answer_loss(state, phase, worker, scenes, vision)
+    else:
+        labels = torch.from_numpy(np.stack([scene.patch_labels for scene in scenes])).flatten(0, 2).to(device)
+        loss, watched = state.heads(vision.flatten(0, 1).float(), labels)
+    state.adam.zero_grad(), state.muon.zero_grad()
     loss.backward()
-    weights = [weight for weight in weights if weight.grad is not None]
+    weights = [w for module in (state.model, state.heads) for w in module.parameters() if w.grad is not None]
     average_gradients(weights, worker.workers)
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    for part in optimizers:
-        part.step()
+    state.adam.step(), state.muon.step()
     return watched
+
+
+def answer_loss(
+    state: State, phase: Phase, worker: Worker, scenes: list[Scene], vision: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy of the answers to questions about the scenes, from some of their vision tokens [B, 576, D]."""
+    device = worker.device
+    asked = [ask_many(worker.rng, scene, QUESTIONS, phase.skills) for scene in scenes]
+    text = worker.encoder.text(asked, phase.length)
+    places = places_shown(len(scenes), phase.stride)
+    shown = vision.gather(1, places.to(device)[..., None].expand(-1, -1, vision.shape[2]))
+    if phase.stride > 1 and worker.rng.random() < 0.5:  # as if the image had this many tokens
+        places = torch.arange(places.shape[1]).expand_as(places)
+    with torch.autocast(device, torch.bfloat16):
+        logits, targets = tiny_model.answer_logits(
+            state.model, shown, places.to(device), text.to(device), worker.encoder.head.to(device)
+        )
+    loss = F.cross_entropy(logits, targets)
+    return loss, {"answers": loss.item(), "tokens": (logits.argmax(-1) == targets).float().mean().item()}
 
 
 def average_gradients(weights: list[torch.Tensor], workers: int) -> None:
@@ -282,7 +288,7 @@ def new_state(device: str, path: Path) -> State:
     heads = tiny_model.DenseHeads(model.config.text_config.hidden_size).to(device)
     matrices, others = [], [*heads.parameters()]
     for name, weight in model.named_parameters():
-        (matrices if "language_model.layers" in name and weight.dim() == 2 else others).append(weight)
+        (matrices if weight.dim() == 2 and not EMBEDDINGS.search(name) else others).append(weight)
     adam = torch.optim.AdamW([{"params": others, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     muon = torch.optim.Muon([{"params": matrices, "scale": MUON}], weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     state = State(model, heads, adam, muon)
@@ -337,7 +343,8 @@ def write_weights(model: torch.nn.Module, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         half.half().save_pretrained(scratch)
-        (Path(scratch) / "model.safetensors").replace(out / "model.safetensors")
+        weights = (Path(scratch) / "model.safetensors").replace(out / "model.safetensors")
+    weights.chmod(0o644)  # safetensors gives it to its owner alone
 
 
 if __name__ == "__main__":

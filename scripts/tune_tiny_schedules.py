@@ -28,7 +28,7 @@ from lightkv_export.schedule import schedule_from_stages
 from lightkv_export.solver import KEEP_TOLERANCE
 
 MODEL, SET = "tiny-llava", "tiny-calibration"
-KEEPS = (0.75, 0.55, 0.4, 0.3)
+KEEPS = (0.75, 0.55, 0.4, 0.3, 0.2)
 RATIOS = (0.5, 0.35, 0.25)
 # Windows per side of consecutive stages. The first pattern goes with every choice of layers.
 WINDOWS = ((4, 2, 1, 1), (6, 4, 2, 1), (4, 4, 2, 2), (8, 4, 4, 2), (2, 2, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1))
@@ -61,7 +61,7 @@ class Tuner:
         self.recipe, self.frozen, self.workers = recipe, frozen, workers
 
     def scores(self, routes: Iterable[Route], limit: int | None, what: str) -> dict[Route, Score]:
-        part = self.frozen.first(min(limit or len(self.frozen.questions), len(self.frozen.questions)))
+        part = self.frozen.sample(min(limit or len(self.frozen.questions), len(self.frozen.questions)))
         judged = judge_all(self.recipe.name, part, list(dict.fromkeys(routes)), self.workers, what)
         return {route: Score.of(items) for route, items in judged.items()}
 
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="at most so many questions in every round, to try the script")
     arguments = parser.parse_args()
     recipe, start = load_recipe(MODEL), time.monotonic()
-    tuner = Tuner(recipe, load_set(SET).first(arguments.limit), arguments.workers)
+    tuner = Tuner(recipe, load_set(SET).sample(arguments.limit), arguments.workers)
     schedules = {keep: candidates(recipe, keep, WINDOWS[0]) for keep in arguments.keep or KEEPS}
     for keep, found in schedules.items():
         if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lightkv_export.tiny import random_llava, save_llava
+from random_models import random_llava, save_checkpoint
 
 SOURCE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-llava"
 
@@ -50,7 +50,7 @@ def make_llava(
     model = random_llava(LlavaConfig(**config), seed)
     if tied:
         model.get_input_embeddings().weight.data *= hidden**-0.5
-    save_llava(model, path, sorted(SOURCE.iterdir()))
+    save_checkpoint(model, path, sorted(SOURCE.iterdir()))
     _set(path / "processor_config.json", patch_size=patch)
     crop = {"height": image_size, "width": image_size}
     _set(path / "preprocessor_config.json", size={"shortest_edge": image_size}, crop_size=crop)

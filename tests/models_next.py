@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from random_models import randomized, save_checkpoint
 from tokenizers import Tokenizer
-
-from lightkv_export.tiny import randomized, save_llava
 
 SOURCE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-llava"  # for its tokenizer
 IMAGE, EOS = 4, 1  # ids there
@@ -70,7 +69,7 @@ def make_llava_next(
         image_seq_length=(tile // patch) ** 2,
     )
     files = [SOURCE / name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")]
-    save_llava(randomized(LlavaNextForConditionalGeneration(config).float(), seed), path, files)
+    save_checkpoint(randomized(LlavaNextForConditionalGeneration(config).float(), seed), path, files)
     _write(path / "tokenizer_config.json", processor_class="LlavaNextProcessor")
     (path / "chat_template.jinja").write_text(VICUNA_TEMPLATE if text_type == "llama" else MISTRAL_TEMPLATE)
     square = {"height": tile, "width": tile}
@@ -121,7 +120,7 @@ def make_llava_onevision(
     if tied:  # scaled like a head, or logits would lie far apart and one token repeat
         model.get_input_embeddings().weight.data *= hidden**-0.5
     model.generation_config.eos_token_id = tokens["<|im_end|>"]
-    save_llava(model, path, [])
+    save_checkpoint(model, path, [])
     (path / "chat_template.jinja").write_text(QWEN_TEMPLATE)
     images = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": tile, "width": tile}}
     _write(path / "preprocessor_config.json", **images, image_grid_pinpoints=config.image_grid_pinpoints)

@@ -90,9 +90,8 @@ def _text(changes: dict[str, Any], **rope: Any) -> dict[str, Any]:
 
 def _save(path: Path, seed: int, model_type: str, text: dict[str, Any], vision: dict[str, Any]) -> Path:
     import torch
+    from random_models import randomized, save_checkpoint
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-
-    from lightkv_export.tiny import randomized, save_llava
 
     tokenizer = _tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -116,7 +115,7 @@ def _save(path: Path, seed: int, model_type: str, text: dict[str, Any], vision: 
             weight.data *= 2
     stops = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=ids["<|endoftext|>"], do_sample=False)
-    save_llava(model, path, [])
+    save_checkpoint(model, path, [])
     system = "" if model_type == "qwen3_vl" else DEFAULT_SYSTEM
     _save_processor(path, tokenizer, CHAT_TEMPLATE.replace("DEFAULT_SYSTEM", system), model_type)
     return path

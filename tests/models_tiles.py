@@ -6,10 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from random_models import randomized, save_checkpoint
 from tokenizer_factory import CORPUS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from lightkv_export.tiny import randomized, save_llava
 
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
@@ -142,7 +141,7 @@ def _save_model(model: object, seed: int, path: Path) -> None:
     if model.config.tie_word_embeddings:
         model.get_input_embeddings().weight.data *= model.config.text_config.hidden_size**-0.5
     model.generation_config.eos_token_id = 0
-    save_llava(model, path, [])
+    save_checkpoint(model, path, [])
 
 
 def _save_tokenizer(path: Path, plain: list[str], named: dict[str, str]) -> int:

@@ -13,25 +13,22 @@ pytest.importorskip("torch")
 
 from lightkv_export.evaluate import EvalRequest, evaluate, right_answers
 from lightkv_export.frozen_sets import FrozenSet, load_set
-from lightkv_export.recipe import StageSpec, load_recipe, recipe_directory
+from lightkv_export.recipe import StageSpec, load_recipe
 from lightkv_export.runtime import Model, load
 from lightkv_export.verify_set import verify_answers
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 from branches import Asker, route_of, tasks_of
 
-WEIGHTS = recipe_directory() / "tiny-llava" / "model.safetensors"
 QUESTIONS, AGAINST_EAGER = 48, 12
-LEAST_RIGHT = 0.9  # at keep 1.0; on the whole set 0.95 is asked for
-MOST_LOST = {0.75: 0.03, 0.55: 0.05, 0.4: 0.07, 0.3: 0.09}  # share of answers; the whole set's limits are narrower
-MOST_BLIND = 0.6
-
-pytestmark = pytest.mark.skipif(not WEIGHTS.is_file(), reason="recipes/tiny-llava has no trained model.safetensors")
+LEAST_RIGHT = 0.95  # at keep 1.0
+MOST_LOST = {0.75: 0.03, 0.55: 0.03, 0.4: 0.05, 0.3: 0.05, 0.2: 0.07}  # share of answers; 48 questions: 1 is 0.021
+MOST_BLIND = 0.45
 
 
 @pytest.fixture(scope="module")
 def frozen() -> FrozenSet:
-    return load_set("tiny-eval").first(QUESTIONS)
+    return load_set("tiny-eval").sample(QUESTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,12 @@ def test_without_the_image_the_gate_fails(model: Model, frozen: FrozenSet) -> No
 
 
 def test_the_bundle_answers_as_the_eager_model(model: Model, frozen: FrozenSet) -> None:
-    for check in verify_answers(model.bundle.path, frozen.first(AGAINST_EAGER)):
+    for check in verify_answers(model.bundle.path, frozen.sample(AGAINST_EAGER)):
         assert check.passed, check
 
 
 def test_the_experiments_count_what_the_bundle_counts(model: Model, frozen: FrozenSet) -> None:
-    part, recipe = frozen.first(AGAINST_EAGER), load_recipe("tiny-llava")
+    part, recipe = frozen.sample(AGAINST_EAGER), load_recipe("tiny-llava")
     keep = min(recipe.schedules)
     stages = [StageSpec(s.layer, s.windows_per_side, s.discard_ratio) for s in model.manifest.keep_named(keep).stages]
     asker, route = Asker(recipe, part), route_of(stages, model.manifest.positions)

@@ -52,7 +52,7 @@ def alone(asker: Asker, question: Question, specs: tuple[StageSpec, ...], positi
     content = [{"type": "image"}, {"type": "text", "text": question.text}]
     prompt = asker.reference.encode([{"role": "user", "content": content}], [image])
     tokenizer = asker.reference.processor.tokenizer
-    answer = [*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = [*tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     session = EagerSession(asker.reference, specs, positions)
     rows = [session.feed(prompt.ids.tolist(), prompt.image_inputs, asker.units)]
     rows += [session.feed([token]) for token in answer[:-1]]
@@ -91,7 +91,7 @@ def test_positions_of_an_export(exports: Exports, asker: Asker, frozen: FrozenSe
     assert model.manifest.positions == "original" and model.manifest.source["positions"] == "original"
     question, rows = frozen.questions[0], []
     tokenizer = asker.reference.processor.tokenizer
-    answer = (*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    answer = (*tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
     request = Request(forced=answer, on_logits=lambda row: rows.append(row.copy()))
     image = frozen.images[question.image]
     model.run(question.text, [Image.open(io.BytesIO(image))], keep=model.manifest.default_keep, request=request)

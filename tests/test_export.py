@@ -150,7 +150,8 @@ def test_compressed_greedy_decoding_equals_eager(exports: Exports, name: str, lo
         for text, num_images in PROMPTS[1:]:
             images = pictures(num_images)
             prompt = reference.encode(messages(text, num_images), images)
-            session, units = EagerSession(reference, stages), [tokens_per_image] * num_images
+            session = EagerSession(reference, stages, model.manifest.positions)
+            units = [tokens_per_image] * num_images
             tokens, rows = session.greedy(session.feed(prompt.ids.tolist(), prompt.image_inputs, units), NEW_TOKENS)
             result, found = answer(model, text, images, keep.requested, NEW_TOKENS)
             assert_same_tokens(result.token_ids, tokens, np.stack([row.numpy() for row in rows]))

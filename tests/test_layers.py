@@ -39,7 +39,7 @@ LAYERS = (
     Layer.of("engines"),
     Layer.of("runtime", "numpy tokenizers PIL jinja2 onnxruntime"),
     Layer.of("stages", "numpy torch"),
-    Layer.of("segment rotary tiny", "torch transformers"),
+    Layer.of("segment rotary", "torch transformers"),
     Layer.of("checkpoint families", "numpy"),
     Layer.of("reference", "torch transformers"),
     Layer.of(

@@ -134,7 +134,7 @@ def test_stages_that_cannot_be_had(stages: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_keeps_are_reached(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = replace(load_recipe(name), schedules={})  # by the solver alone
     lowest = 0.30  # 12 layers with three stages from layer 2 on end at 0.387, and two stages at about 0.35
     if recipe.shape.text.layers < 20 or len(recipe.windows) < 3:
         lowest = 0.40
@@ -178,7 +178,7 @@ def test_keep_is_a_share(keep: float) -> None:
 
 def test_unreachable_keep_names_the_range_and_its_stages() -> None:
     with pytest.raises(UserError) as caught:
-        schedule_from_keep(load_recipe("tiny-llava"), 0.2)
+        schedule_from_keep(load_recipe("tiny-llava"), 0.15)
     message = str(caught.value)
     assert "from 0.387 (--stage 2:4:0.5 --stage 3:2:0.5 --stage 4:1:0.5) to 0.998 (--stage 10:4:0.05)" in message
     assert "--keep 0.387" in message

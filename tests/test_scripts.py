@@ -48,7 +48,8 @@ def test_a_broken_environment_is_named(tmp_path):
     assert ".venv does not work" in result.stderr
 
 
-def test_the_shipped_picture_is_what_the_script_draws():
+def test_the_shipped_picture_is_what_the_script_draws(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     path = ROOT / "scripts" / "draw_example.py"
     spec = importlib.util.spec_from_file_location("draw_example", path)
     module = importlib.util.module_from_spec(spec)

@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="K",
         help="repeatable; 1.0 is always measured too (default: every keep of the bundle)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only N questions, spread over the set (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N questions, always the same (default: all)")
     parser.add_argument("--blank", action="store_true", help="show a grey image instead: what the text alone tells")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of one graph (default: all cores)")
     parser.add_argument("--backend", default="ort", help="(default: %(default)s)")

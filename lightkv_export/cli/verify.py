@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--set", metavar="NAME", help="compare the answers to a frozen set, too (about a second per question and keep)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only N questions of the set, spread over it")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N questions of the set, always the same")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON; - is standard output")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         from lightkv_export.verify import document_from_checks, verify_bundle
         from lightkv_export.verify_set import verify_answers
 
-        frozen = load_set(args.set).first(args.limit) if args.set else None  # a wrong name ends here, not minutes later
+        # A wrong name ends here, not minutes later.
+        frozen = load_set(args.set).sample(args.limit) if args.set else None
         checks = verify_bundle(
             args.bundle, model=args.reference, new_tokens=args.new_tokens, threads=args.threads, on_case=on_case
         )

@@ -70,7 +70,6 @@ def resolve_recipe(model: str) -> Recipe:
         shape=shape,
         windows=family.windows,
         schedules={},
-        positions=family.positions,
     )
 
 

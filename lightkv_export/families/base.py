@@ -75,7 +75,6 @@ class Family(ABC):
         windows: windows per side of consecutive stages (LightKV, schedules of the authors).
         rope: "1d", or "mrope" for three position ids per token.
         preprocess: kind of preprocessing: "clip", "tiles" or "patches", see runtime/image.py.
-        positions: the position policy where recipe and user name none; mRoPE families take "original" only.
         vision_attention: name of the vision side's attention implementation. "eager" consists of primitive operators;
             a family whose eager attention cannot be traced registers one of its own with `AttentionInterface`.
     """
@@ -83,7 +82,6 @@ class Family(ABC):
     windows: tuple[int, ...] = (4, 2, 1)
     rope = "1d"
     preprocess = "clip"
-    positions = "restart"
     vision_attention = "eager"
 
     @abstractmethod

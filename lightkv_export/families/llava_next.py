@@ -17,7 +17,7 @@ import numpy as np
 from lightkv_export.errors import UserError
 from lightkv_export.families.base import Checkpoint, Family, SizeLayout, square_size
 from lightkv_export.families.llava import text_shape, vision_layers
-from lightkv_export.families.tiles import noise
+from lightkv_export.families.tiles import noise, tiles_compared
 from lightkv_export.manifest import Tensor as Spec
 from lightkv_export.recipe import ModelShape, VisionShape
 
@@ -121,25 +121,23 @@ class LlavaNext(Family):
             UserError: the processor lays out this size in another way than the model, or prepares pixels in another way
                 than the runtime.
         """
-        from lightkv_export.runtime.pixels_tiles import tile_pixels
-
         config, processor = checkpoint.config, checkpoint.processor
         geometry = self.geometry(checkpoint, width, height)
         tile, canvas = geometry["tile"], geometry["canvas"]
         image = noise(width, height)
         inputs = processor(images=[image], text=processor.image_token)
         counted = int(np.count_nonzero(np.asarray(inputs["input_ids"]) == config.image_token_id))
-        pixels, made = inputs["pixel_values"][0], tile_pixels(image, geometry, processor.image_processor.to_dict())
+        pixels = inputs["pixel_values"][0]
+        made, same = tiles_compared(processor, image, pixels, geometry)
         try:
             tables = self.tables(config, 1 + (canvas[0] // tile) * (canvas[1] // tile), (height, width))
         except (RuntimeError, ValueError):  # the model cuts this size into other tiles
             tables = {"token_index": np.zeros(0, np.int64)}
         tokens = len(tables["token_index"])
-        same = made.shape == np.shape(pixels) and np.allclose(made, pixels, rtol=1e-5, atol=1e-6)
         if counted != tokens or not same:
             raise UserError(
                 f"image size {width}x{height}: the checkpoint's processor makes {counted} vision tokens of pixels "
-                f"{list(np.shape(pixels))}, its model {tokens} of {list(made.shape)}"
+                f"{list(np.shape(pixels))}, its model {tokens} of {list(made)}"
                 + ("" if same else ", and the pixels differ"),
                 expected="grid pinpoints, tiles and steps that agree in preprocessor_config.json and config.json",
                 fix="compare preprocessor_config.json beside the weights with the published one",

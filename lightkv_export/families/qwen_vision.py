@@ -39,7 +39,6 @@ class QwenFamily(Family):
     windows = (6, 4, 2)
     rope = "mrope"
     preprocess = "patches"
-    positions = "original"
     text_defaults: Mapping[str, Any]
     vision_defaults: Mapping[str, Any]
 

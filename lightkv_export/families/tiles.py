@@ -19,6 +19,16 @@ def noise(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def tiles_compared(
+    processor: ProcessorMixin, image: np.ndarray, pixels: np.ndarray, geometry: Mapping[str, Any]
+) -> tuple[tuple[int, ...], bool]:
+    """The shape of the pixels that the runtime makes of `image`, and whether they are the processor's `pixels`."""
+    from lightkv_export.runtime.pixels_tiles import tile_pixels
+
+    made = tile_pixels(image, geometry, processor.image_processor.to_dict())
+    return made.shape, made.shape == np.shape(pixels) and np.allclose(made, pixels, rtol=1e-5, atol=1e-6)
+
+
 def tile_layout(
     processor: ProcessorMixin,
     image: np.ndarray,
@@ -40,8 +50,6 @@ def tile_layout(
     Raises:
         UserError: the processor's tiles or tokens are not those of the model, or its pixels cannot be made here.
     """
-    from lightkv_export.runtime.pixels_tiles import tile_pixels
-
     token, units, size = processor.image_token, len(pixels), f"image size {image.shape[1]}x{image.shape[0]}"
     if prompt.count(token) != units * tokens:
         raise UserError(
@@ -49,11 +57,11 @@ def tile_layout(
             expected=f"{tokens} per tile, as config.json says",
             fix="correct the image's sequence length in processor_config.json beside the weights",
         )
-    made = tile_pixels(image, geometry, processor.image_processor.to_dict())
-    if made.shape != np.shape(pixels) or not np.allclose(made, pixels, rtol=1e-5, atol=1e-6):
+    made, same = tiles_compared(processor, image, pixels, geometry)
+    if not same:
         raise UserError(
             f"{size}: the checkpoint's processor prepares images in a way that is not supported: its pixels are "
-            f"{list(np.shape(pixels))}, those made here {list(made.shape)}, and they differ",
+            f"{list(np.shape(pixels))}, those made here {list(made)}, and they differ",
             expected="steps, tile size and order of the published checkpoints",
             fix="compare preprocessor_config.json beside the weights with the published one",
         )

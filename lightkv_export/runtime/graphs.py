@@ -8,7 +8,7 @@ import numpy as np
 
 from lightkv_export.bundle import Bundle
 from lightkv_export.errors import BundleError
-from lightkv_export.manifest import Graph, Keep, Size
+from lightkv_export.manifest import Graph, Keep, Size, deepstack_name
 from lightkv_export.runtime.backend import Backend, Buffer, Executable, cast, host_dtype
 from lightkv_export.runtime.image import ImageFeatures
 from lightkv_export.runtime.tokens import Tokens
@@ -94,7 +94,7 @@ class Graphs:
         """The DeepStack inputs of the segments by name: [1, S, D] in host form, zeros where text is."""
         shape = (len(tokens), self._table.shape[1])
         return {
-            f"deepstack_{layer}": _with_rows(
+            deepstack_name(layer): _with_rows(
                 np.zeros(shape, host_dtype(self.dtype)),
                 tokens,
                 {serial: image.deepstack[place] for serial, image in features.items()},
@@ -123,7 +123,7 @@ class Graphs:
         }
         self.executable(graph).run(sources, targets)
         rows = {name: self.backend.read(buffer).reshape(tokens, width) for name, buffer in targets.items()}
-        deepstack = tuple(rows[f"deepstack_{layer}"] for layer in self.manifest.deepstack_layers)
+        deepstack = tuple(rows[deepstack_name(layer)] for layer in self.manifest.deepstack_layers)
         return ImageFeatures(rows["image_features"], size, deepstack)
 
     def _vision_graph(self) -> Graph:

@@ -17,7 +17,12 @@ from lightkv_export.runtime.normalize import normalized
 
 
 def tile_pixels(image: np.ndarray, geometry: Mapping[str, Any], settings: Mapping[str, Any]) -> np.ndarray:
-    """An image, cut into tiles: uint8 RGB [H, W, 3] -> float32 [N, 3, tile, tile], rows of tiles from the top.
+    """The tiles of an image as numbers: uint8 RGB [H, W, 3] -> float32 [N, 3, tile, tile]; else as `tile_views`."""
+    return np.stack([normalized(tile, settings) for tile in tile_views(image, geometry, settings)])
+
+
+def tile_views(image: np.ndarray, geometry: Mapping[str, Any], settings: Mapping[str, Any]) -> list[np.ndarray]:
+    """An image, cut into tiles: uint8 RGB [H, W, 3] -> uint8 [tile, tile, 3] each, rows of tiles from the top.
 
     Args:
         image: as decoded; any size.
@@ -28,7 +33,7 @@ def tile_pixels(image: np.ndarray, geometry: Mapping[str, Any], settings: Mappin
             "canvas": [w, h], whole tiles; the resized image lies in its centre, zeros around it;
             "overview": the whole image squeezed into one more tile, "first" or "last", or null for none;
             "overview_of" (optional): "image" as decoded (default), or the "canvas" (SmolVLM).
-        settings: preprocessor_config.json of the bundle (resample filter, rescale factor, mean and deviation).
+        settings: preprocessor_config.json of the bundle (resample filter).
 
     Raises:
         BundleError: the canvas is not made of whole tiles, or smaller than what lies on it.
@@ -52,7 +57,7 @@ def tile_pixels(image: np.ndarray, geometry: Mapping[str, Any], settings: Mappin
         whole = canvas if geometry.get("overview_of") == "canvas" else image
         overview = _resized(whole, (tile, tile), resample)
         tiles = [overview, *tiles] if geometry["overview"] == "first" else [*tiles, overview]
-    return np.stack([normalized(item, settings) for item in tiles])
+    return tiles
 
 
 def _resized(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Position ids of the tokens of one chunk in one segment.
 
 Three policies say how tokens are numbered after a stage has shortened the sequence:
-* restart: from the chunk's uncompressed start, without gaps (what the authors' release does; the default);
-* original: a survivor keeps the position that it had before the stage;
+* original: a survivor keeps the position that it had before the stage (the default: docs/accuracy.md);
+* restart: from the chunk's uncompressed start, without gaps (what the authors' release does);
 * contiguous: from the segment's own cache length, so decoding continues from there, too.
 The position and the cache row are two different things: rows are always contiguous per segment. Where a token has three
-positions (mRoPE) they come with the tokens, and only "original" holds: a survivor keeps its own.
+positions (mRoPE) they come with the tokens, and only "original" holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from lightkv_export.errors import BundleError
 
-POLICIES = ("restart", "original", "contiguous")
+POLICIES = ("original", "restart", "contiguous")
 
 
 def chunk_positions(policy: str, start: int, past_len: int, survivors: np.ndarray) -> np.ndarray:

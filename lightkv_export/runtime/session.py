@@ -17,7 +17,7 @@ from contextlib import closing
 import numpy as np
 
 from lightkv_export.errors import UserError
-from lightkv_export.manifest import Graph, Keep
+from lightkv_export.manifest import POSITION_TABLE, Graph, Keep
 from lightkv_export.runtime.chat import Chat, Detokenizer
 from lightkv_export.runtime.generation import DEFAULT_NEW_TOKENS, GREEDY, Clock, OnStage, Request, Result
 from lightkv_export.runtime.graphs import Graphs
@@ -25,7 +25,6 @@ from lightkv_export.runtime.image import ImageFeatures, ImagePixels, ImageSource
 from lightkv_export.runtime.sampling import Sampler
 from lightkv_export.runtime.sequence import Sequence
 from lightkv_export.runtime.tokens import ShownImage, Tokens
-from lightkv_export.runtime.vision import POSITIONS
 
 
 class Session:
@@ -145,7 +144,7 @@ class Session:
         ids = self._chat.ids(self.messages, [image.size for image in self._images.values()])
         mrope = self._manifest.rope == "mrope"
         shown = [
-            ShownImage(serial, image.size, self._graphs.tables(image.size)[POSITIONS] if mrope else None)
+            ShownImage(serial, image.size, self._graphs.tables(image.size)[POSITION_TABLE] if mrope else None)
             for serial, image in self._images.items()
         ]
         return Tokens.of(ids, self._manifest.image_token_id, shown, mrope=mrope)

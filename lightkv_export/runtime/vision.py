@@ -11,10 +11,9 @@ import numpy as np
 
 from lightkv_export.bundle import Bundle
 from lightkv_export.errors import BundleError
-from lightkv_export.manifest import Graph, Size, Tensor
+from lightkv_export.manifest import POSITION_TABLE, Graph, Size, Tensor
 from lightkv_export.runtime.backend import from_float32, host_dtype
 
-POSITIONS = "positions"  # the table that is no input of the vision graph
 _SYMBOL = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")  # "N", or a multiple: "4*G"
 
 
@@ -32,7 +31,7 @@ def load_tables(bundle: Bundle, size: Size) -> dict[str, np.ndarray]:
             tables = dict(file)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix="export the bundle again") from None
-    found = tables[POSITIONS].shape if POSITIONS in tables else None
+    found = tables[POSITION_TABLE].shape if POSITION_TABLE in tables else None
     expected = (3, size.image_tokens) if size.advance is not None else None
     if found != expected:
         raise BundleError(f"{path} has positions of shape {found}", expected=str(expected))
