@@ -33,6 +33,7 @@ def make(name: str, out: Path) -> dict[str, object]:
     seed, num_scenes = SETS[name]
     maker, rng = SceneMaker(seed), random.Random(seed)
     asked: Counter[str] = Counter()
+    skills: Counter[str] = Counter()
     lines = []
     with zipfile.ZipFile(out / f"{name}.zip", "w") as archive:  # PNGs are compressed already
         for index in range(num_scenes):
@@ -42,6 +43,7 @@ def make(name: str, out: Path) -> dict[str, object]:
             for question in _questions(rng, scene, asked):
                 row = {"image": image, "skill": question.skill, "question": question.text, "answer": question.answer}
                 lines.append(json.dumps(row))
+                skills[question.skill] += 1
     (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     files = {
         f"{name}.{end}": hashlib.sha256((out / f"{name}.{end}").read_bytes()).hexdigest() for end in ("zip", "jsonl")
@@ -50,19 +52,22 @@ def make(name: str, out: Path) -> dict[str, object]:
         "seed": seed,
         "scenes": num_scenes,
         "questions": len(lines),
-        "skills": dict(sorted(asked.items())),
+        "skills": dict(sorted(skills.items())),
         "sha256": files,
     }
 
 
 def _questions(rng: random.Random, scene: Scene, asked: Counter[str]) -> list[Question]:
-    """PER_SCENE questions of different skills, those first that were asked least so far."""
+    """Up to PER_SCENE questions of different skills, decided by different places; first those asked least so far."""
     found: list[Question] = []
     for skill in sorted(rng.sample(list(SKILLS), len(SKILLS)), key=lambda skill: asked[skill]):
         if len(found) < PER_SCENE and (question := ask(rng, skill, scene)):
             found.append(question)
             asked[skill] += 1
-    return found
+    by_places: dict[frozenset[int], Question] = {}
+    for question in found:
+        by_places.setdefault(question.places, question)
+    return list(by_places.values())
 
 
 def _png(scene: Scene) -> bytes:

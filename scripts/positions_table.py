@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help="a float32 bundle of tiny-llava (default: export one)")
     parser.add_argument("--set", default="tiny-eval", help="(default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only N questions, always the same")
-    parser.add_argument("--controls", type=int, default=480, help="questions of the control (default: %(default)s)")
+    parser.add_argument("--controls", type=int, default=400, help="questions of the control (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the control (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the bundle's graphs (default: all cores)")
     parser.add_argument("--out", type=Path, default=PAGE, help="page with the markers (default: %(default)s)")

@@ -16,11 +16,12 @@ UNKNOWN = "unknown"
 
 
 class Question(NamedTuple):
-    """A question, its only right answer, and the skill that it tests."""
+    """A question, its only right answer, the skill that it tests, and the places of the scene that decide it."""
 
     skill: str
     text: str
     answer: str
+    places: frozenset[int]
 
 
 def ask(rng: random.Random, skill: str, scene: Scene) -> Question | None:
@@ -44,7 +45,8 @@ def at(place: int) -> str:
     return f"{'in' if PLACES[place] == 'centre' else 'at'} the {PLACES[place]}"
 
 
-Made = tuple[str, str] | None
+Made = tuple[str, str, frozenset[int]] | None
+EVERYWHERE = frozenset(range(len(PLACES)))
 
 
 def _shapes(scene: Scene) -> list[Item]:
@@ -90,7 +92,7 @@ def _colour(rng: random.Random, scene: Scene) -> Made:
         item, thing = picked
     else:
         return None
-    return rng.choice(_COLOUR).format(thing), item.colour
+    return rng.choice(_COLOUR).format(thing), item.colour, frozenset({item.place})
 
 
 _COLOUR = ("What colour is {}?", "What is the colour of {}?", "Name the colour of {}.", "Which colour does {} have?")
@@ -100,18 +102,18 @@ def _shape(rng: random.Random, scene: Scene) -> Made:
     if rng.random() < 0.6:
         item = rng.choice(_shapes(scene))
         texts = ("What shape is {}?", "Which shape is {}?", "Name the shape {}.", "Which shape do you see {}?")
-        return rng.choice(texts).format(at(item.place)), item.name
+        return rng.choice(texts).format(at(item.place)), item.name, frozenset({item.place})
     if not (picked := _pick(rng, scene, shape=False)):
         return None
     texts = ("What is {}, by its outline?", "Which outline does {} have?", "Name the outline of {}.")
-    return rng.choice(texts).format(picked[1]), picked[0].name
+    return rng.choice(texts).format(picked[1]), picked[0].name, frozenset({picked[0].place})
 
 
 def _place(rng: random.Random, scene: Scene) -> Made:
     if not (picked := _pick(rng, scene)):
         return None
     texts = ("Where is {}?", "At which place is {}?", "Find {}. Where is it?", "In which part of the image is {}?")
-    return rng.choice(texts).format(picked[1]), PLACES[picked[0].place]
+    return rng.choice(texts).format(picked[1]), PLACES[picked[0].place], frozenset({picked[0].place})
 
 
 def _size(rng: random.Random, scene: Scene) -> Made:
@@ -123,7 +125,7 @@ def _size(rng: random.Random, scene: Scene) -> Made:
     else:
         return None
     texts = ("Is {} small or large?", "Is {} large or small?", "What size is {}?", "Which size does {} have?")
-    return rng.choice(texts).format(thing), item.size
+    return rng.choice(texts).format(thing), item.size, frozenset({item.place})
 
 
 def _class(rng: random.Random, scene: Scene) -> tuple[str, int]:
@@ -147,7 +149,7 @@ def _count(rng: random.Random, scene: Scene) -> Made:
     number = rng.choice(sorted(set(found.values())))
     things = rng.choice([name for name, count in found.items() if count == number])
     texts = ("How many {} are there?", "Count the {}.", "How many {} do you see?", "What is the number of {}?")
-    return rng.choice(texts).format(things), str(number)
+    return rng.choice(texts).format(things), str(number), EVERYWHERE
 
 
 def _exist(rng: random.Random, scene: Scene) -> Made:
@@ -166,7 +168,8 @@ def _exist(rng: random.Random, scene: Scene) -> Made:
         answer = "no"
     article = "an" if colour == "orange" else "a"
     texts = ("Is there {} {} {}?", "Do you see {} {} {}?", "Does the image show {} {} {}?", "Can you find {} {} {}?")
-    return rng.choice(texts).format(article, colour, name), answer
+    places = {item.place for item in shapes if (item.colour, item.name) == (colour, name)}
+    return rng.choice(texts).format(article, colour, name), answer, frozenset(places) or EVERYWHERE
 
 
 def _relation(rng: random.Random, scene: Scene) -> Made:
@@ -184,7 +187,7 @@ def _relation(rng: random.Random, scene: Scene) -> Made:
     else:
         answer = "above" if down < 0 else "below"
         texts = ("Is {} above or below {}?", "Is {} below or above {}?", "Does {} lie above or below {}?")
-    return rng.choice(texts).format(first, second), answer
+    return rng.choice(texts).format(first, second), answer, frozenset({a.place, b.place})
 
 
 def _sign(rng: random.Random, scene: Scene, kind: str) -> Made:
@@ -194,9 +197,9 @@ def _sign(rng: random.Random, scene: Scene, kind: str) -> Made:
     item = rng.choice(signs)
     if len(signs) == 1 and rng.random() < 0.6:
         texts = ("Which {} is written?", "Read the {}.", "What is the {}?", "Which {} do you see?")
-        return rng.choice(texts).format(kind), item.name
+        return rng.choice(texts).format(kind), item.name, frozenset({item.place})
     texts = ("Which {} is written {}?", "Read the {} {}.", "What is the {} {}?", "Which {} do you see {}?")
-    return rng.choice(texts).format(kind, at(item.place)), item.name
+    return rng.choice(texts).format(kind, at(item.place)), item.name, frozenset({item.place})
 
 
 def _number(rng: random.Random, scene: Scene) -> Made:
@@ -217,7 +220,7 @@ def _compare(rng: random.Random, scene: Scene) -> Made:
         more = rng.random() < 0.5
         if ("yes" if (many > few if more else many < few) else "no") == wanted:
             texts = ("Are there {} {} than {}?", "Do you see {} {} than {}?", "Does the image show {} {} than {}?")
-            return rng.choice(texts).format("more" if more else "fewer", first, second), wanted
+            return rng.choice(texts).format("more" if more else "fewer", first, second), wanted, EVERYWHERE
     return None
 
 
@@ -227,13 +230,13 @@ def _unanswerable(rng: random.Random, scene: Scene) -> Made:
     if sort < 0.4:
         missing = [name for name in SHAPES if all(item.name != name for item in _shapes(scene))]
         texts = (*_COLOUR, "Where is {}?", "Is {} small or large?", "Is {} above or below the centre?")
-        return rng.choice(texts).format(f"the {rng.choice(missing)}"), UNKNOWN
+        return rng.choice(texts).format(f"the {rng.choice(missing)}"), UNKNOWN, EVERYWHERE
     if sort < 0.6:
         kinds = [kind for kind in ("word", "number") if all(item.kind != kind for item in scene.items)]
         if not kinds:
             return None
         texts = ("Which {} is written?", "Read the {}.", "What is the {}?", "Which {} do you see?")
-        return rng.choice(texts).format(rng.choice(kinds)), UNKNOWN
+        return rng.choice(texts).format(rng.choice(kinds)), UNKNOWN, EVERYWHERE
     if sort < 0.8:
         empty = [place for place in range(9) if all(item.place != place for item in scene.items)]
         texts = (
@@ -242,7 +245,8 @@ def _unanswerable(rng: random.Random, scene: Scene) -> Made:
             "What colour is the shape {}?",
             "Which shape do you see {}?",
         )
-        return rng.choice(texts).format(at(rng.choice(empty))), UNKNOWN
+        text, place = rng.choice(texts), rng.choice(empty)
+        return text.format(at(place)), UNKNOWN, frozenset({place})
     thing = rng.choice(_shapes(scene)).name
     texts = (
         "Who made the {}?",
@@ -251,7 +255,7 @@ def _unanswerable(rng: random.Random, scene: Scene) -> Made:
         "How heavy is the {}?",
         "Who owns the {}?",
     )
-    return rng.choice(texts).format(thing), UNKNOWN
+    return rng.choice(texts).format(thing), UNKNOWN, frozenset()
 
 
 SKILLS: dict[str, Callable[[random.Random, Scene], Made]] = {
